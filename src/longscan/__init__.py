@@ -1,0 +1,54 @@
+"""Linear-time sequence modelling for PyTorch: Mamba, and the line of systems it stands on."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from longscan.mixers import S4D, Attention, Mamba
+    from longscan.models import LanguageModel, LanguageModelConfig
+    from longscan.nn import SequenceMixer, State
+    from longscan.ops import causal_conv1d, selective_scan, selective_state_update
+
+__version__ = "0.1.0"
+
+# Name -> module. Imported when first used, so that `import longscan` costs nothing beyond torch.
+_EXPORTS = {
+    "Attention": "longscan.mixers",
+    "LanguageModel": "longscan.models",
+    "LanguageModelConfig": "longscan.models",
+    "Mamba": "longscan.mixers",
+    "S4D": "longscan.mixers",
+    "SequenceMixer": "longscan.nn",
+    "State": "longscan.nn",
+    "causal_conv1d": "longscan.ops",
+    "selective_scan": "longscan.ops",
+    "selective_state_update": "longscan.ops",
+}
+
+__all__ = [
+    "S4D",
+    "Attention",
+    "LanguageModel",
+    "LanguageModelConfig",
+    "Mamba",
+    "SequenceMixer",
+    "State",
+    "__version__",
+    "causal_conv1d",
+    "selective_scan",
+    "selective_state_update",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'longscan' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
