@@ -1,0 +1,17 @@
+"""Operators: pure functions over tensors, each with a plain definition and the backends that make it fast."""
+
+from __future__ import annotations
+
+from longscan.ops.add_rms_norm import add_rms_norm
+from longscan.ops.backends import backend
+from longscan.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
+from longscan.ops.selective_scan import selective_scan, selective_state_update
+
+__all__ = [
+    "add_rms_norm",
+    "backend",
+    "causal_conv1d",
+    "causal_conv1d_update",
+    "selective_scan",
+    "selective_state_update",
+]
