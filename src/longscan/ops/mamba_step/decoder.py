@@ -1,0 +1,223 @@
+"""The objects that hold a model's weights for decoding, and hand one token at a time to the compiled step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longscan.errors import ArgumentError, BackendError
+from longscan.ops.checks import check_shape
+from longscan.ops.mamba_step.weights import (
+    KINDS,
+    MambaStepWeights,
+    Sizes,
+    check_matrix,
+    check_readable,
+    private_float32,
+)
+
+if TYPE_CHECKING:
+    from longscan.ops.mamba_step.workspace import Workspace
+
+State = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Head:
+    """The last phase of a step: the final norm, and the head's product to `logits`."""
+
+    logits: Tensor
+    matrix: Tensor
+    bias: Tensor | None
+    norm: Tensor
+
+
+class MambaDecoder:
+    """Consecutive Mamba layers, and with a final norm a whole language model, one token a call.
+
+    Args:
+        layers: at least one, all of the same sizes.
+        embedding: (vocabulary, d_model), float32, bfloat16 or float16; needed by `step`.
+        final_norm: (d_model,), the RMSNorm before the head; needed by `step`.
+        head: (vocabulary, d_model); None ties it to the embedding.
+        head_bias: (vocabulary,).
+        eps: of the final norm.
+
+    Raises:
+        ArgumentError: no layers, layers of different sizes, or shapes that do not fit.
+        BackendError: a device, dtype or layout it cannot serve, or no Numba.
+
+    An object serves one call at a time: its workspace is its own.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[MambaStepWeights],
+        *,
+        embedding: Tensor | None = None,
+        final_norm: Tensor | None = None,
+        head: Tensor | None = None,
+        head_bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> None:
+        if not layers:
+            raise ArgumentError("layers: got none, expected at least one")
+        for i, layer in enumerate(layers):
+            if layer.sizes != layers[0].sizes:
+                raise ArgumentError(
+                    f"layers: layer {i} has {layer.sizes}, layer 0 has {layers[0].sizes}; expected the same"
+                )
+        self.layers = tuple(layers)
+        self.sizes: Sizes = layers[0].sizes
+        head = embedding if head is None else head
+        for name, matrix in (("embedding", embedding), ("head", head)):
+            if matrix is not None:
+                if matrix.dim() != 2 or matrix.shape[1] != self.sizes.d_model:
+                    raise ArgumentError(
+                        f"{name}: got shape {tuple(matrix.shape)}, expected (vocabulary, {self.sizes.d_model})"
+                    )
+                check_matrix(name, matrix)
+        self.embedding, self.head = embedding, head
+        if final_norm is not None:
+            check_shape("final_norm", final_norm, (self.sizes.d_model,), "(d_model,)")
+            check_readable("final_norm", final_norm)
+            final_norm = private_float32(final_norm)
+        if head_bias is not None and head is not None:
+            check_shape("head_bias", head_bias, (head.shape[0],), "(vocabulary,)")
+            check_readable("head_bias", head_bias)
+            head_bias = private_float32(head_bias)
+        self._final_norm, self._head_bias = final_norm, head_bias
+        self._table = np.stack([layer.row for layer in layers])
+        self._eps = np.array([*(layer.eps for layer in layers), eps], dtype=np.float32)
+        self._workspace: Workspace | None = None
+        try:
+            self._reserve(1)
+        except ImportError as error:
+            raise BackendError(f"the compiled step needs Numba, which cannot be imported here ({error})") from error
+        self._check_float16()
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, states: Sequence[State]) -> Tensor:
+        """One token of each sequence of a batch.
+
+        Args:
+            tokens: (batch,) integers below the vocabulary.
+            states: one (conv_state, ssm_state) per layer, updated in place; see the package's docstring.
+
+        Returns:
+            logits (batch, vocabulary), float32.
+
+        Raises:
+            ArgumentError: a token outside the vocabulary, states that do not fit, or a decoder made without embedding
+                or final norm.
+        """
+        if self.embedding is None or self.head is None or self._final_norm is None:
+            raise ArgumentError("embedding, final_norm: this decoder was made without them; use step_hidden")
+        if tokens.dim() != 1 or tokens.shape[0] == 0:
+            raise ArgumentError(f"tokens: got shape {tuple(tokens.shape)}, expected (batch,) with at least one")
+        vocabulary = self.embedding.shape[0]
+        if not all(0 <= token < vocabulary for token in tokens.tolist()):
+            raise ArgumentError(f"tokens: got {tokens.tolist()}, allowed are 0 to {vocabulary - 1}")
+        hidden = self.embedding[tokens].to(torch.float32)
+        logits = torch.empty(tokens.shape[0], self.head.shape[0])
+        self._run(hidden, None, states, logits)
+        return logits
+
+    @torch.no_grad()
+    def step_hidden(self, hidden: Tensor, residual: Tensor | None, states: Sequence[State]) -> tuple[Tensor, Tensor]:
+        """The layers alone: what a block before them gave, and the residual stream before that was added.
+
+        Args:
+            hidden: (batch, d_model), any floating dtype.
+            residual: (batch, d_model), or None at the first layer.
+            states: one (conv_state, ssm_state) per layer, updated in place.
+
+        Returns:
+            (hidden, residual): the last layer's output in hidden's dtype, not yet added to the stream, and the stream
+            in float32.
+        """
+        if hidden.dim() != 2 or hidden.shape[0] == 0 or hidden.shape[1] != self.sizes.d_model:
+            raise ArgumentError(f"hidden: got shape {tuple(hidden.shape)}, expected (batch, {self.sizes.d_model})")
+        if residual is not None:
+            check_shape("residual", residual, tuple(hidden.shape), "(batch, d_model) like hidden")
+        out = private_float32(hidden)
+        stream = self._run(out, residual, states, None)
+        return out.to(hidden.dtype), stream.clone()
+
+    def _run(self, hidden: Tensor, residual: Tensor | None, states: Sequence[State], logits: Tensor | None) -> Tensor:
+        """Runs the compiled step; overwrites `hidden` and returns the stream, a view of the workspace."""
+        batch = hidden.shape[0]
+        addresses = self._state_addresses(states, batch)
+        work = self._reserve(batch)
+        if residual is None:
+            work.streams[0].zero_()
+        else:
+            work.streams[0].copy_(residual)
+        head = None
+        if logits is not None and self.head is not None and self._final_norm is not None:
+            head = Head(logits, self.head, self._head_bias, self._final_norm)
+        work.run(hidden, self._table, addresses, self._eps, head)
+        return work.streams[len(self.layers) % 2]
+
+    def _reserve(self, batch: int) -> Workspace:
+        """The workspace for this batch and torch's present number of threads."""
+        from longscan.ops.jit import threads
+        from longscan.ops.mamba_step.workspace import Workspace
+
+        work = self._workspace
+        if work is None or (work.batch, work.threads) != (batch, threads()):
+            work = self._workspace = Workspace(self.sizes, len(self.layers), batch, threads())
+        return work
+
+    def _check_float16(self) -> None:
+        from longscan.ops.simd import HAS_FLOAT16
+
+        matrices = [m for w in self.layers for m in (w.in_proj, w.x_proj, w.dt_proj, w.out_proj)]
+        if not HAS_FLOAT16 and any(m.dtype == torch.float16 for m in (*matrices, self.head) if m is not None):
+            raise BackendError("layers, head: got torch.float16, which this processor does not convert; use bfloat16")
+
+    def _state_addresses(self, states: Sequence[State], batch: int) -> np.ndarray[Any, Any]:
+        """(layers, 3) int64: of each layer the conv state's address and kind, and the SSM state's address."""
+        s = self.sizes
+        if len(states) != len(self.layers):
+            raise ArgumentError(f"states: got {len(states)}, expected one for each of {len(self.layers)} layers")
+        conv_shape, ssm_shape = (batch, s.d_conv - 1, s.d_inner), (batch, s.d_inner, s.d_state)
+        rows = []
+        for i, (conv, ssm) in enumerate(states):
+            if conv.shape != conv_shape or conv.dtype not in KINDS or not conv.is_contiguous() or not conv.is_cpu:
+                raise ArgumentError(
+                    f"states: conv_state of layer {i} is {conv.dtype} {tuple(conv.shape)} on {conv.device} with "
+                    f"strides {conv.stride()}; expected float32, bfloat16 or float16 {conv_shape} on CPU, contiguous"
+                )
+            if ssm.shape != ssm_shape or ssm.dtype != torch.float32 or not ssm.is_contiguous() or not ssm.is_cpu:
+                raise ArgumentError(
+                    f"states: ssm_state of layer {i} is {ssm.dtype} {tuple(ssm.shape)} on {ssm.device} with strides "
+                    f"{ssm.stride()}; expected float32 {ssm_shape} on the CPU, contiguous"
+                )
+            rows.append((conv.data_ptr(), KINDS[conv.dtype], ssm.data_ptr()))
+        return np.array(rows, dtype=np.int64)
+
+
+def mamba_block_step(
+    hidden: Tensor, residual: Tensor | None, weights: MambaStepWeights, conv_state: Tensor, ssm_state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One Mamba layer, one token: for models that mix in layers of other kinds.
+
+    Args:
+        hidden: (batch, d_model), what the block before gave.
+        residual: (batch, d_model), the stream before that is added; None at the first layer.
+        weights: of the layer.
+        conv_state, ssm_state: of the layer, updated in place.
+
+    Returns:
+        (hidden, residual), as `MambaDecoder.step_hidden`.
+    """
+    decoder = weights.__dict__.get("_decoder")
+    if decoder is None:
+        decoder = weights.__dict__["_decoder"] = MambaDecoder([weights])
+    return decoder.step_hidden(hidden, residual, [(conv_state, ssm_state)])

@@ -1,0 +1,115 @@
+"""Matrix times a few vectors, at the speed of reading the matrix.
+
+A row is read once, from front to back, for all vectors of the batch: processors prefetch one long stream best (two rows
+at a time read at half the rate). Sums run in the same order whatever the batch, so a vector's result does not depend on
+its company.
+"""
+
+from __future__ import annotations
+
+from longscan.ops.jit import inline, kernel
+from longscan.ops.simd import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    HAS_FLOAT16,
+    VECTOR_BYTES,
+    WIDTH,
+    broadcast,
+    fma,
+    load,
+    load_format,
+    load_part,
+    load_scalar,
+    prefetch,
+    store_scalar,
+    total,
+)
+
+_CACHE_LINE = 64
+
+
+@inline
+def _one(row, form, item, columns, x):  # type: ignore[no-untyped-def]
+    """row . x, with two sums under way."""
+    even, odd = broadcast(0.0), broadcast(0.0)
+    k = 0
+    while k + 2 * WIDTH <= columns:
+        even = fma(load_format(row + k * item, form), load(x + 4 * k), even)
+        odd = fma(load_format(row + (k + WIDTH) * item, form), load(x + 4 * k + VECTOR_BYTES), odd)
+        k += 2 * WIDTH
+    if k + WIDTH <= columns:
+        even = fma(load_format(row + k * item, form), load(x + 4 * k), even)
+        k += WIDTH
+    if k < columns:
+        odd = fma(load_part(row + k * item, form, columns - k), load_part(x + 4 * k, FLOAT32, columns - k), odd)
+    return total(even + odd)
+
+
+@inline
+def _four(row, form, item, columns, x, stride, following):  # type: ignore[no-untyped-def]
+    """As `_one` for the four vectors at x, x + stride, ...; fetches the row at `following` on the way."""
+    x1, x2, x3 = x + stride, x + 2 * stride, x + 3 * stride
+    even0, even1, even2, even3 = broadcast(0.0), broadcast(0.0), broadcast(0.0), broadcast(0.0)
+    odd0, odd1, odd2, odd3 = broadcast(0.0), broadcast(0.0), broadcast(0.0), broadcast(0.0)
+    k = 0
+    while k + 2 * WIDTH <= columns:
+        prefetch(following + k * item)
+        if 2 * WIDTH * item > _CACHE_LINE:
+            prefetch(following + k * item + _CACHE_LINE)
+        w, at = load_format(row + k * item, form), 4 * k
+        even0, even1 = fma(w, load(x + at), even0), fma(w, load(x1 + at), even1)
+        even2, even3 = fma(w, load(x2 + at), even2), fma(w, load(x3 + at), even3)
+        w, at = load_format(row + (k + WIDTH) * item, form), 4 * k + VECTOR_BYTES
+        odd0, odd1 = fma(w, load(x + at), odd0), fma(w, load(x1 + at), odd1)
+        odd2, odd3 = fma(w, load(x2 + at), odd2), fma(w, load(x3 + at), odd3)
+        k += 2 * WIDTH
+    if k + WIDTH <= columns:
+        w, at = load_format(row + k * item, form), 4 * k
+        even0, even1 = fma(w, load(x + at), even0), fma(w, load(x1 + at), even1)
+        even2, even3 = fma(w, load(x2 + at), even2), fma(w, load(x3 + at), even3)
+        k += WIDTH
+    if k < columns:
+        left = columns - k
+        w, at = load_part(row + k * item, form, left), 4 * k
+        odd0 = fma(w, load_part(x + at, FLOAT32, left), odd0)
+        odd1 = fma(w, load_part(x1 + at, FLOAT32, left), odd1)
+        odd2 = fma(w, load_part(x2 + at, FLOAT32, left), odd2)
+        odd3 = fma(w, load_part(x3 + at, FLOAT32, left), odd3)
+    return total(even0 + odd0), total(even1 + odd1), total(even2 + odd2), total(even3 + odd3)
+
+
+@inline
+def _rows(form, item, matrix, first, last, columns, bias, x, x_stride, batch, out, out_stride):  # type: ignore[no-untyped-def]
+    # With several vectors a core computes longer than it reads, and has to ask for the next row early.
+    step = columns * item if item == 2 or batch > 4 else 0
+    for r in range(first, last):
+        row = matrix + r * columns * item
+        offset = load_scalar(bias + 4 * r) if bias != 0 else 0.0
+        to = out + 4 * (r - first)
+        b = 0
+        while b + 4 <= batch:
+            y0, y1, y2, y3 = _four(row, form, item, columns, x + b * x_stride, x_stride, row + step)
+            store_scalar(y0 + offset, to + b * out_stride)
+            store_scalar(y1 + offset, to + (b + 1) * out_stride)
+            store_scalar(y2 + offset, to + (b + 2) * out_stride)
+            store_scalar(y3 + offset, to + (b + 3) * out_stride)
+            b += 4
+        while b < batch:
+            store_scalar(_one(row, form, item, columns, x + b * x_stride) + offset, to + b * out_stride)
+            b += 1
+
+
+@kernel
+def product(form, matrix, first, last, columns, bias, x, x_stride, batch, out, out_stride):  # type: ignore[no-untyped-def]
+    """Rows [first, last) of a matrix (rows, columns) times each of `batch` float32 vectors, plus a bias.
+
+    Addresses and strides are in bytes; a bias of 0 is none. The result of row `first` goes to `out`.
+    """
+    # The format is a constant in each of the loops.
+    if form == FLOAT32:
+        _rows(FLOAT32, 4, matrix, first, last, columns, bias, x, x_stride, batch, out, out_stride)
+    elif form == BFLOAT16:
+        _rows(BFLOAT16, 2, matrix, first, last, columns, bias, x, x_stride, batch, out, out_stride)
+    elif HAS_FLOAT16:
+        _rows(FLOAT16, 2, matrix, first, last, columns, bias, x, x_stride, batch, out, out_stride)

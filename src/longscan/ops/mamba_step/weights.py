@@ -1,0 +1,175 @@
+"""The weights of one Mamba layer, checked once and laid out as a row of addresses for the compiled step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import IntEnum
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longscan.errors import ArgumentError, BackendError
+from longscan.ops.checks import check_shape
+
+#: Numbers by which the compiled code knows the dtypes of weights and states.
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class Field(IntEnum):
+    """Columns of the table of addresses; a kind is a value of `KINDS`, the address 0 stands for "none"."""
+
+    NORM = 0
+    IN_PROJ = 1
+    IN_PROJ_KIND = 2
+    IN_PROJ_BIAS = 3
+    CONV = 4
+    CONV_BIAS = 5
+    X_PROJ = 6
+    X_PROJ_KIND = 7
+    DT_PROJ = 8
+    DT_PROJ_KIND = 9
+    DT_BIAS = 10
+    A = 11
+    D = 12
+    OUT_PROJ = 13
+    OUT_PROJ_KIND = 14
+    OUT_PROJ_BIAS = 15
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes that the layers of one decoder share."""
+
+    d_model: int
+    d_inner: int
+    d_state: int
+    dt_rank: int
+    d_conv: int
+
+
+@dataclass(frozen=True, eq=False)
+class MambaStepWeights:
+    """The weights of one pre-norm Mamba layer: add and RMSNorm, then the S6 block.
+
+    Args:
+        norm: (d_model,), weight of the RMSNorm before the block.
+        in_proj: (2 d_inner, d_model), rows of x first, then those of the gate z.
+        conv: (d_inner, d_conv), the last tap meets the present input.
+        x_proj: (dt_rank + 2 d_state, d_inner), rows of dt, then B, then C.
+        dt_proj: (d_inner, dt_rank).
+        dt_bias: (d_inner,), added before the softplus.
+        A: (d_inner, d_state), real, at most 0: minus exp(A_log).
+        out_proj: (d_model, d_inner).
+        D: (d_inner,), the skip.
+        conv_bias: (d_inner,).
+        in_proj_bias, out_proj_bias: (2 d_inner,), (d_model,).
+        eps: of the norm.
+
+    The four projections are float32, bfloat16 or float16, contiguous, and used where they lie; everything else is
+    copied to float32 here.
+
+    Raises:
+        ArgumentError: shapes that do not fit together.
+        BackendError: a device, dtype or layout the compiled step cannot read.
+    """
+
+    norm: Tensor
+    in_proj: Tensor
+    conv: Tensor
+    x_proj: Tensor
+    dt_proj: Tensor
+    dt_bias: Tensor
+    A: Tensor
+    out_proj: Tensor
+    D: Tensor | None = None
+    conv_bias: Tensor | None = None
+    in_proj_bias: Tensor | None = None
+    out_proj_bias: Tensor | None = None
+    eps: float = 1e-5
+    sizes: Sizes = field(init=False)
+
+    def __post_init__(self) -> None:
+        for name in ("in_proj", "conv", "x_proj", "dt_proj", "A"):
+            tensor: Tensor = getattr(self, name)
+            if tensor.dim() != 2 or 0 in tensor.shape:
+                raise ArgumentError(f"{name}: got shape {tuple(tensor.shape)}, expected two axes, each at least 1")
+        (d_inner, d_state), d_model = self.A.shape, self.in_proj.shape[1]
+        sizes = Sizes(d_model, d_inner, d_state, self.dt_proj.shape[1], self.conv.shape[1])
+        shapes = {
+            "norm": ((d_model,), "(d_model,)"),
+            "in_proj": ((2 * d_inner, d_model), "(2 d_inner, d_model)"),
+            "conv": ((d_inner, sizes.d_conv), "(d_inner, d_conv)"),
+            "x_proj": ((sizes.dt_rank + 2 * d_state, d_inner), "(dt_rank + 2 d_state, d_inner)"),
+            "dt_proj": ((d_inner, sizes.dt_rank), "(d_inner, dt_rank)"),
+            "dt_bias": ((d_inner,), "(d_inner,)"),
+            "out_proj": ((d_model, d_inner), "(d_model, d_inner)"),
+            "D": ((d_inner,), "(d_inner,)"),
+            "conv_bias": ((d_inner,), "(d_inner,)"),
+            "in_proj_bias": ((2 * d_inner,), "(2 d_inner,)"),
+            "out_proj_bias": ((d_model,), "(d_model,)"),
+        }
+        for name, (shape, meaning) in shapes.items():
+            tensor = getattr(self, name)
+            if tensor is not None:
+                check_shape(name, tensor, shape, meaning)
+                check_readable(name, tensor)
+        check_readable("A", self.A)
+        for name in ("in_proj", "x_proj", "dt_proj", "out_proj"):
+            check_matrix(name, getattr(self, name))
+        if not self.eps >= 0:
+            raise ArgumentError(f"eps: got {self.eps}, expected a number of at least 0")
+        object.__setattr__(self, "sizes", sizes)
+
+    @cached_property
+    def row(self) -> np.ndarray[Any, Any]:
+        """Addresses and kinds by `Field`, int64; what they point to lives as long as this object."""
+        row = np.zeros(len(Field), dtype=np.int64)
+        for name in ("in_proj", "x_proj", "dt_proj", "out_proj"):
+            matrix: Tensor = getattr(self, name)
+            row[Field[name.upper()]] = matrix.data_ptr()
+            row[Field[name.upper() + "_KIND"]] = KINDS[matrix.dtype]
+        for name, vector in self._vectors.items():
+            row[Field[name]] = vector.data_ptr()
+        return row
+
+    @cached_property
+    def _vectors(self) -> dict[str, Tensor]:
+        given = {
+            "NORM": self.norm,
+            # Taps outermost, so that a vector of channels is contiguous.
+            "CONV": self.conv.t(),
+            "CONV_BIAS": self.conv_bias,
+            "DT_BIAS": self.dt_bias,
+            # exp(delta A) is taken as a power of two.
+            "A": self.A.detach().double() / math.log(2),
+            "D": self.D,
+            "IN_PROJ_BIAS": self.in_proj_bias,
+            "OUT_PROJ_BIAS": self.out_proj_bias,
+        }
+        return {name: private_float32(tensor) for name, tensor in given.items() if tensor is not None}
+
+
+def private_float32(tensor: Tensor) -> Tensor:
+    """A contiguous float32 copy of its own memory."""
+    return tensor.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+
+
+def check_readable(name: str, tensor: Tensor) -> None:
+    """Raises `BackendError` unless the compiled step can read such a tensor, if need be through a copy."""
+    if tensor.device.type != "cpu":
+        raise BackendError(f"{name}: the compiled step runs on the CPU, the tensor is on {tensor.device}")
+    if tensor.dtype not in KINDS and tensor.dtype != torch.float64:
+        raise BackendError(f"{name}: got {tensor.dtype}, the compiled step takes real floating-point weights")
+
+
+def check_matrix(name: str, tensor: Tensor) -> None:
+    """Raises `BackendError` unless the compiled step can read such a matrix where it lies."""
+    check_readable(name, tensor)
+    if tensor.dtype not in KINDS:
+        raise BackendError(f"{name}: got {tensor.dtype}, the compiled step takes float32, bfloat16 and float16")
+    if not tensor.is_contiguous():
+        raise BackendError(f"{name}: strides {tensor.stride()} are not contiguous; call .contiguous() first")
