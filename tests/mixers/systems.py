@@ -1,0 +1,33 @@
+"""Every registered mixer in the options that the protocol's tests run over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from longscan.mixers import MIXERS
+from longscan.nn import SequenceMixer
+
+D_MODEL = 8
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mamba": ("mamba", {"d_state": 4}),
+    "mamba-complex": ("mamba", {"d_state": 4, "a_init": "s4d-lin", "d_conv": 3}),
+    "mamba-plain": ("mamba", {"d_state": 1, "d_conv": 1, "expand": 1, "dt_rank": 2, "conv_bias": False, "bias": True}),
+    "s4d": ("s4d", {"d_state": 4}),
+    "s4d-legs-bilinear": ("s4d", {"d_state": 6, "a_init": "s4d-legs", "discretisation": "bilinear", "glu": False}),
+    "attention": ("attention", {"n_heads": 2}),
+    "attention-grouped": ("attention", {"n_heads": 4, "n_kv_heads": 2, "bias": True}),
+}
+
+
+def make(variant: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> SequenceMixer:
+    """A mixer with every parameter moved off its initial value, so that none hides behind a zero or a one."""
+    name, options = VARIANTS[variant]
+    torch.manual_seed(seed)
+    mixer = MIXERS[name](D_MODEL, **options).to(dtype)
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return mixer
