@@ -1,0 +1,33 @@
+"""Small models that tests share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from longscan.models import LanguageModel, LanguageModelConfig
+
+VOCABULARY = 13
+
+KINDS: dict[str, dict[str, Any]] = {
+    "mamba": {},
+    "complex": {"mixer_options": {"d_state": 4, "a_init": "s4d-lin"}},
+    "mixed": {
+        "mixer": ("attention", "s4d", "mamba"),
+        "mixer_options": {"attention": {"n_heads": 2}, "s4d": {"d_state": 4}},
+        "d_intermediate": 8,
+        "tie_embeddings": False,
+    },
+}
+
+
+def make(kind: str = "mamba", **changes: Any) -> LanguageModel:
+    """A model whose next token depends clearly on its past."""
+    torch.manual_seed(0)
+    config = LanguageModelConfig(**{"d_model": 16, "n_layer": 3, "vocab_size": VOCABULARY, **KINDS[kind], **changes})
+    model = LanguageModel(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    return model
