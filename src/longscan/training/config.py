@@ -1,0 +1,83 @@
+"""How to train, as one frozen dataclass that round-trips through JSON and TOML."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from longscan.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Batches, optimiser, schedule and what is kept of a run."""
+
+    steps: int | None = None
+    """Optimiser steps. None: as many as fit in `minutes` on this machine, measured before training and then fixed."""
+    minutes: float | None = None
+    """Time for training and the final evaluation, if `steps` is not given."""
+    batch_size: int = 16
+    """Sequences per optimiser step, over all processes."""
+    sequence_length: int = 256
+    """Tokens per sequence."""
+    accumulate: int = 1
+    """Micro-batches that a process splits its part of the batch into, to save memory."""
+    carry_state: bool = False
+    """Rows of the batch read on from step to step and carry the state (truncated back-propagation)."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """"muon": Muon for the matrices of the layers, AdamW for everything else."""
+    learning_rate: float = 3e-3
+    """Peak learning rate of AdamW."""
+    muon_learning_rate: float = 0.02
+    """Peak learning rate of Muon (updates scaled by the root of rows/columns where that is above 1)."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices; norms, biases, A_log and D have none."""
+    warmup: float = 0.05
+    """Fraction of the steps over which the learning rate rises from 0."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Fall of the learning rate after the warm-up."""
+    final_learning_rate: float = 0.0
+    """Where the schedule ends, as a fraction of the peak."""
+    clip: float = 1.0
+    """Largest norm of the gradient; 0 means no clipping."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """"bfloat16": matrix products under autocast; parameters, states and sums stay float32."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    seed: int = 0
+    """Seed of the weights and of the order of the data."""
+    log_every: int = 1
+    """Steps between looks at the loss (metrics keep every step all the same). On a GPU each look waits for it."""
+    evaluations: int = 8
+    """Quick held-out estimates during the run."""
+    checkpoint_minutes: float = 1.0
+    """Time between checkpoints."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept; older ones are deleted."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "sequence_length", "accumulate", "log_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.steps is not None and self.steps < 1:
+            raise ConfigError(f"steps must be at least 1, got {self.steps}")
+        for name in ("minutes", "learning_rate", "muon_learning_rate", "checkpoint_minutes"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ConfigError(f"{name} must be a positive number, got {value}")
+        for name in ("weight_decay", "clip", "final_learning_rate", "evaluations"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("beta1", "beta2", "warmup"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        allowed = {
+            "optimizer": ("adamw", "muon"),
+            "schedule": ("cosine", "linear", "constant"),
+            "precision": ("float32", "bfloat16"),
+        }
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ConfigError(f"{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}")

@@ -1,0 +1,74 @@
+"""A run's folder: made whole with its configuration, found again, never mistaken for something else."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from longscan.errors import ConfigError, StorageError
+from longscan.models.pretrained import CONFIG_FILE
+from longscan.nn.storage import write_text
+
+_FORMAT = 1
+
+
+def create_run(root: Path, name: str, config: dict[str, Any], *, exact: bool = False) -> Path:
+    """Make ``root/name`` (or ``name-2``, ``name-3``, ... if it is taken) with its ``config.json`` in one step.
+
+    Raises:
+        ConfigError: the name is no plain folder name, or it is taken and ``exact`` asks for no other.
+        StorageError: the folder cannot be made.
+    """
+    if not name or name != Path(name).name or name.startswith("."):
+        raise ConfigError(f"name must be a plain folder name, got {name!r}")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=root))
+        building.chmod(0o755)
+        try:
+            write_text(building / CONFIG_FILE, json.dumps({"format": _FORMAT, **config}, indent=2) + "\n")
+            number = 1
+            while True:
+                folder = root / (name if number == 1 else f"{name}-{number}")
+                # Renaming onto an empty folder would succeed, so the name is looked at first.
+                if not folder.exists():
+                    try:
+                        os.rename(building, folder)
+                        return folder
+                    except FileExistsError:
+                        pass
+                if exact:
+                    raise ConfigError(
+                        f"name: {folder} exists; go on with it by --resume {folder}, or take another name"
+                    )
+                number += 1
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+    except OSError as error:
+        raise (
+            error if isinstance(error, StorageError) else StorageError(f"cannot make a run in {root}: {error}")
+        ) from error
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The configuration of a run.
+
+    Raises:
+        ConfigError: the folder is not there or not a run.
+    """
+    path = folder / CONFIG_FILE
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder; a run is a folder that `longscan train` has made")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict) or not {"text", "model", "training"} <= config.keys():
+            raise ValueError("it lacks what `longscan train` writes")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder} is not a run of `longscan train`: {path.name}: {error}") from error
+    if config.get("format") != _FORMAT:
+        raise ConfigError(f"{path} has format {config.get('format')}, this version reads {_FORMAT}")
+    return config
