@@ -1,0 +1,17 @@
+"""What this machine is, and what of longscan works on it."""
+
+from __future__ import annotations
+
+from longscan.diagnostics.doctor import Check, check_backends, check_caches
+from longscan.diagnostics.machine import commit, describe_machine, devices, usable_cores, versions
+
+__all__ = [
+    "Check",
+    "check_backends",
+    "check_caches",
+    "commit",
+    "describe_machine",
+    "devices",
+    "usable_cores",
+    "versions",
+]
