@@ -1,0 +1,67 @@
+"""What nothing can beat on this machine, measured in the same run: matrix products and memory reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from longscan.bench.timing import Timing, measure
+
+
+def read_bandwidth(device: torch.device | str = "cpu", *, size: int = 2**28, repeats: int = 7) -> float:
+    """Bytes per second of reading memory that no cache holds: the best of two ways PyTorch has to read it.
+
+    Args:
+        size: bytes of the array that is read.
+    """
+    numbers = torch.ones(size // 4, dtype=torch.float32, device=device)
+    rows = numbers.view(-1, 1024)
+    vector = torch.ones(1024, dtype=torch.float32, device=device)
+    ways: list[Callable[[], torch.Tensor]] = [numbers.sum, lambda: rows @ vector]
+    fastest = min(measure(way, device, repeats=repeats).low for way in ways)
+    return size / fastest
+
+
+def multiply_adds_per_second(device: torch.device | str = "cpu", *, size: int = 1024, repeats: int = 7) -> float:
+    """Float32 multiply-adds per second of a square matrix product, over all threads."""
+    a, b = torch.ones(size, size, device=device), torch.ones(size, size, device=device)
+    return size**3 / measure(lambda: a @ b, device, repeats=repeats).low
+
+
+def matrix_products(
+    shapes: Sequence[tuple[int, int, int]],
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    *,
+    repeats: int = 5,
+    budget: float = 10.0,
+) -> Timing:
+    """Time of products (m, k) x (k, n) one after another, each with weights of its own, as linear layers do them.
+
+    Args:
+        shapes: (m, k, n) of every product, repeated where a model repeats it.
+        dtype: of both factors and the result.
+    """
+    inputs: dict[tuple[int, int], torch.Tensor] = {}
+    factors = []
+    for m, k, n in shapes:
+        x = inputs.setdefault((m, k), torch.randn(m, k, device=device).to(dtype))
+        factors.append((x, torch.randn(n, k, device=device).to(dtype)))
+
+    def call() -> None:
+        for x, weight in factors:
+            torch.nn.functional.linear(x, weight)
+
+    return measure(call, device, repeats=repeats, budget=budget)
+
+
+def mamba_products(rows: int, d_model: int, d_state: int = 16, expand: int = 2) -> list[tuple[int, int, int]]:
+    """(m, k, n) of the four linear layers of one Mamba block over `rows` tokens."""
+    d_inner, dt_rank = expand * d_model, -(-d_model // 16)
+    return [
+        (rows, d_model, 2 * d_inner),
+        (rows, d_inner, dt_rank + 2 * d_state),
+        (rows, dt_rank, d_inner),
+        (rows, d_inner, d_model),
+    ]

@@ -1,0 +1,96 @@
+"""Transformers' Mamba (`transformers`), in plain PyTorch as it runs where no kernels are installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longscan.mixers import Mamba
+from longscan.models import LanguageModel
+
+
+def scan(inputs: dict[str, Tensor]) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    """The scan by itself, softplus on: a call that gives y in our layout, and the inputs it differentiates."""
+    _import()
+    from transformers.models.mamba.modeling_mamba import mamba_selective_scan
+
+    x, dt, A, B, C, D, z, dt_bias = leaves = list(inputs.values())
+
+    def call() -> Tensor:
+        first, second, b, c, gate = (tensor.transpose(1, 2) for tensor in (x, dt, B, C, z))
+        y = mamba_selective_scan(first, second, A, b, c, D=D, z=gate, delta_bias=dt_bias, delta_softplus=True)
+        return y.transpose(1, 2)
+
+    return call, leaves
+
+
+def block(mixer: Mamba) -> nn.Module:
+    """One block with the weights of ours; takes and returns (batch, length, d_model)."""
+    _import()
+    from transformers.models.mamba.modeling_mamba import MambaMixer
+
+    weight = mixer.in_proj.weight
+    peer = MambaMixer(_config(mixer, num_layers=1, vocab_size=8), layer_idx=0)
+    peer.load_state_dict(mixer.state_dict())
+    return peer.to(device=weight.device, dtype=weight.dtype)
+
+
+def language_model(model: LanguageModel) -> nn.Module:
+    """The whole model with the weights of ours."""
+    _import()
+    from transformers import MambaForCausalLM
+
+    weight = model.backbone.embedding.weight
+    mixer = model.backbone.layers[0].mixer
+    assert isinstance(mixer, Mamba)
+    peer = MambaForCausalLM(_config(mixer, model.config.n_layer, model.config.padded_vocab_size))
+    peer = peer.to(dtype=weight.dtype)
+    state = {name.replace("embedding.", "embeddings."): tensor for name, tensor in model.state_dict().items()}
+    peer.load_state_dict(state)
+    peer.tie_weights()
+    return peer.to(weight.device)
+
+
+def loss(peer: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of `targets` (already shifted), as our model computes it."""
+    logits = peer(input_ids=tokens, use_cache=False).logits
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+
+def prefill(peer: nn.Module, tokens: Tensor) -> tuple[Tensor, Any]:
+    """Scores after the last token (batch, vocabulary), and the state."""
+    output = peer(input_ids=tokens, use_cache=True, logits_to_keep=1)
+    return output.logits[:, -1], output.cache_params
+
+
+def decode(peer: nn.Module, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """One token per row (batch,)."""
+    output = peer(input_ids=tokens[:, None], cache_params=state, use_cache=True)
+    return output.logits[:, -1], output.cache_params
+
+
+def _config(mixer: Mamba, num_layers: int, vocab_size: int) -> Any:
+    from transformers import MambaConfig
+
+    return MambaConfig(
+        vocab_size=vocab_size,
+        hidden_size=mixer.d_model,
+        num_hidden_layers=num_layers,
+        state_size=mixer.d_state,
+        conv_kernel=mixer.d_conv,
+        expand=mixer.d_inner // mixer.d_model,
+        time_step_rank=mixer.dt_rank,
+        layer_norm_epsilon=1e-5,
+        residual_in_fp32=True,
+        tie_word_embeddings=True,
+    )
+
+
+def _import() -> None:
+    """Transformers without its advice: that plain PyTorch is the slow way is what is being measured."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()

@@ -1,0 +1,157 @@
+"""`longscan bench scan`: the selective scan by itself, forward, and forward with backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from longscan.bench import floors
+from longscan.bench.contest import DTYPES, Call, Contender, Settings, compare, describe, floor
+from longscan.bench.peers import huggingface, mamba_ssm, mambapy
+from longscan.bench.report import Report, Row
+from longscan.ops import selective_scan
+
+AXES = "batch,length,channels,state"
+
+# Multiply-adds per (time, channel, state) that no way round is known: dt A; an exponential of degree 5; the state's
+# decay and its input; the output.
+_MULTIPLY_ADDS = 1 + 5 + 1 + 1 + 1
+
+
+def run(settings: Settings) -> Report:
+    """Scans with skip, gate, dt bias and softplus, as a Mamba block uses them.
+
+    On the CPU the unit is nanoseconds per (time, channel) and core, on a GPU milliseconds.
+    """
+    on_cpu = settings.device == "cpu"
+    shapes = settings.shapes_of(AXES, (1, 2048, 1536, 16) if on_cpu else (8, 2048, 1536, 16))
+    rows: list[Row] = []
+    for shape in shapes:
+        for dtype in settings.dtypes_of("float32", *(() if on_cpu else ("bfloat16",))):
+            rows += _measure(shape, dtype, settings)
+    unit = "ns per (time, channel) and core" if on_cpu else "ms"
+    return Report(
+        "scan",
+        unit,
+        higher_is_better=False,
+        rows=rows,
+        settings={"device": settings.device, "axes": AXES, "shapes": shapes},
+    )
+
+
+def make_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str, seed: int) -> dict[str, Tensor]:
+    """Inputs as a freshly initialised Mamba sees them: A = -(1 .. N), steps between 0.001 and 0.1."""
+    batch, length, channels, state = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*axes: int) -> Tensor:
+        return torch.randn(axes, generator=generator)
+
+    steps = torch.exp(torch.rand(channels, generator=generator) * 4.6 - 6.9)
+    inputs = {
+        "x": normal(batch, length, channels).to(dtype),
+        "dt": (normal(batch, length, channels) * 0.5).to(dtype),
+        "A": -torch.arange(1, state + 1, dtype=torch.float32).repeat(channels, 1),
+        "B": normal(batch, length, state).to(dtype),
+        "C": normal(batch, length, state).to(dtype),
+        "D": normal(channels),
+        "z": normal(batch, length, channels).to(dtype),
+        "dt_bias": steps + torch.log(-torch.expm1(-steps)),
+    }
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+def _measure(shape: tuple[int, ...], dtype: str, settings: Settings) -> list[Row]:
+    batch, length, channels, _ = shape
+    inputs = make_inputs(shape, DTYPES[dtype], settings.device, settings.seed)
+    threads = torch.get_num_threads()
+    per_second = threads * 1e9 / (batch * length * channels) if settings.device == "cpu" else 1e3
+
+    def to_value(seconds: float) -> float:
+        return seconds * per_second
+
+    wide = {name: tensor.double() for name, tensor in inputs.items()}
+    rows = []
+    for phase in ("forward", "forward and backward"):
+        backward = phase != "forward"
+        call = _call(*_ours("reference")(_leaves(wide, backward)), backward)
+        group = describe(shape, dtype, phase=phase).replace("phase ", "")
+        contenders = [
+            Contender(name, kind, _preparation(build, inputs, backward)) for name, kind, build in _contestants(settings)
+        ]
+        rows += compare(group, contenders, call(), settings, dtype=DTYPES[dtype], to_value=to_value)
+        if not backward:
+            rows += _floors(group, inputs, shape, settings, to_value)
+    return rows
+
+
+_Build = Callable[[dict[str, Tensor]], tuple[Callable[[], Tensor], list[Tensor]]]
+
+
+def _contestants(settings: Settings) -> list[tuple[str, str, _Build]]:
+    found: list[tuple[str, str, _Build]] = [("longscan", "ours", _ours(None))]
+    if "reference" in settings.peers:
+        found.append(("reference", "peer", _ours("reference")))
+    if "transformers" in settings.peers:
+        found.append(("transformers", "peer", huggingface.scan))
+    if "mambapy" in settings.peers:
+        found.append(("mambapy", "peer", mambapy.scan))
+    if "mamba-ssm" in settings.peers:
+        found.append(("mamba-ssm", "peer", mamba_ssm.scan))
+    return found
+
+
+def _ours(backend: str | None) -> _Build:
+    def build(inputs: dict[str, Tensor]) -> tuple[Callable[[], Tensor], list[Tensor]]:
+        def call() -> Tensor:
+            y = selective_scan(*inputs.values(), dt_softplus=True, backend=backend)
+            assert isinstance(y, Tensor)
+            return y
+
+        return call, list(inputs.values())
+
+    return build
+
+
+def _leaves(inputs: dict[str, Tensor], backward: bool) -> dict[str, Tensor]:
+    return {name: tensor.detach().requires_grad_(backward) for name, tensor in inputs.items()}
+
+
+def _preparation(build: _Build, inputs: dict[str, Tensor], backward: bool) -> Callable[[], Call]:
+    return lambda: _call(*build(_leaves(inputs, backward)), backward)
+
+
+def _call(scan: Callable[[], Tensor], leaves: list[Tensor], backward: bool) -> Call:
+    """The pass that is timed. Forward gives y; backward the gradients of A, D and dt_bias, whose layout all share."""
+
+    def forward() -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return (scan(),)
+
+    def both() -> tuple[Tensor, ...]:
+        y = scan()
+        gradients = torch.autograd.grad(y, leaves, torch.ones_like(y))
+        return gradients[2], gradients[5], gradients[7]
+
+    return both if backward else forward
+
+
+def _floors(
+    group: str,
+    inputs: dict[str, Tensor],
+    shape: tuple[int, ...],
+    settings: Settings,
+    to_value: Callable[[float], float],
+) -> list[Row]:
+    batch, length, channels, state = shape
+    moved = sum(tensor.numel() * tensor.element_size() for tensor in (*inputs.values(), inputs["x"]))
+    note = "inputs read and output written once, at the speed memory is read"
+    rows = [floor(group, "memory", moved / floors.read_bandwidth(settings.device), to_value, note)]
+    if settings.device == "cpu":
+        work = batch * length * channels * state * _MULTIPLY_ADDS
+        seconds = work / floors.multiply_adds_per_second(settings.device)
+        note = f"{_MULTIPLY_ADDS} multiply-adds a state, at the rate of a matrix product"
+        rows.append(floor(group, "arithmetic", seconds, to_value, note))
+    return rows

@@ -1,0 +1,69 @@
+"""The curve of a training run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from longscan.nn.storage import write_atomically
+
+
+def training_curve(
+    rows: Sequence[Mapping[str, Any]],
+    path: Path,
+    *,
+    title: str,
+    compressors: Mapping[str, float],
+    held_out: float | None,
+) -> None:
+    """Draw loss over text seen: training, held-out estimates, compressors as lines, and the learning rate below.
+
+    Args:
+        rows: of ``metrics.jsonl``.
+        path: a PNG file.
+        compressors: bits per byte by name.
+        held_out: bits per byte of the finished model on the whole held-out part.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    tokens = [row["tokens"] / 1e6 for row in rows]
+    train = [row["bits_per_byte"] for row in rows]
+    loss.plot(tokens, train, color="tab:blue", alpha=0.25, linewidth=0.8)
+    loss.plot(tokens, _smooth(train), color="tab:blue", label="training")
+    estimates = [
+        (row["tokens"] / 1e6, row["held_out_bits_per_byte"]) for row in rows if "held_out_bits_per_byte" in row
+    ]
+    if estimates:
+        loss.plot(*zip(*estimates, strict=True), "o-", color="tab:orange", markersize=4, label="held-out, estimate")
+    if held_out is not None and tokens:
+        loss.plot(
+            tokens[-1], held_out, "*", color="tab:red", markersize=14, label=f"held-out, all of it: {held_out:.3f}"
+        )
+    for (name, value), style in zip(compressors.items(), ("--", ":", "-."), strict=False):
+        loss.axhline(value, color="0.4", linestyle=style, linewidth=1, label=f"{name}: {value:.3f}")
+    lowest = min([*train, *compressors.values(), *(value for _, value in estimates)], default=0.0)
+    loss.set_ylim(max(0.0, 0.9 * lowest), min(8.5, max([*train, 1.0])))
+    loss.set_ylabel("bits per byte")
+    loss.set_title(title)
+    loss.legend()
+    loss.grid(alpha=0.3)
+    rate.plot(tokens, [row["learning_rate"] for row in rows], color="tab:green")
+    rate.set_xlabel("tokens seen (millions)")
+    rate.set_ylabel("learning rate")
+    rate.grid(alpha=0.3)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+
+
+def _smooth(values: Sequence[float], keep: float = 0.95) -> list[float]:
+    """Exponential moving average without the bias of its start."""
+    smoothed, total, weight = [], 0.0, 0.0
+    for value in values:
+        total = keep * total + (1 - keep) * value
+        weight = keep * weight + (1 - keep)
+        smoothed.append(total / weight)
+    return smoothed

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from longscan.bench import Report, Row, Timing, summary
+from longscan.errors import DataError
+from longscan.plots.bench import plot_bench
+
+
+def make_report(higher_is_better: bool = False) -> Report:
+    rows = [
+        Row("g", "longscan", "ours", Timing(2.0, 1.9, 2.2, 5), 2.0, 1e-7),
+        Row("g", "transformers", "peer", Timing(8.0, 7.0, 9.0, 5), 8.0, 1e-7),
+        Row("g", "mambapy", "peer", note="fails: RuntimeError"),
+        Row("g", "floor: memory", "floor", Timing(1.0, 1.0, 1.0, 1), 1.0, note="what it counts"),
+    ]
+    return Report("scan", "ms", higher_is_better, rows, {"shapes": [[1, 2]]})
+
+
+def test_survives_json(tmp_path: Path) -> None:
+    report = make_report()
+    loaded = Report.load(report.save(tmp_path / "deep" / "report.json"))
+    assert loaded == report
+    assert loaded.machine["cores"] >= 1
+    assert loaded.versions["torch"]
+
+
+def test_speedup_of_times_and_of_rates() -> None:
+    times, rates = make_report(), make_report(higher_is_better=True)
+    assert times.speedup(times.rows[1]) == 4.0
+    assert times.speedup(times.rows[3]) == 0.5
+    assert rates.speedup(rates.rows[1]) == 0.25
+    assert times.speedup(times.rows[2]) is None
+    assert times.failed == []
+
+
+def test_a_row_of_ours_without_a_figure_is_a_failure() -> None:
+    report = Report("scan", "ms", False, [Row("g", "longscan", "ours", note="fails")])
+    assert report.failed == report.rows
+    assert report.ours("g") is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"rows": [{"group": 1}]}', '{"rows": [], "surprise": 1}'])
+def test_what_is_no_report_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(text)
+    with pytest.raises(DataError, match=r"report\.json"):
+        Report.load(path)
+
+
+@pytest.mark.parametrize("rows", [slice(None), slice(0)])
+def test_figure_is_a_png(tmp_path: Path, rows: slice) -> None:
+    report = make_report()
+    path = Report("scan", "ms", False, report.rows[rows]).save(tmp_path / "report.json")
+    figure = plot_bench(path, tmp_path / "report.png")
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_summary_is_a_table_in_its_place() -> None:
+    table = summary.markdown([make_report(), make_report(higher_is_better=True)])
+    lines = table.splitlines()
+    assert lines[0] == "| | unit | longscan | transformers | mambapy | floor |"
+    assert lines[2] == "| scan g | ms | **2** | 8 |  | 1 |"
+    assert lines[3] == "| scan g | ms | 2 | **8** |  | 1 |"
+    document = f"before {summary.BEGIN}old{summary.END} after"
+    new = summary.replace_figures(document, table)
+    assert new.startswith("before <!--")
+    assert new.endswith("--> after")
+    assert "old" not in new
+    assert summary.replace_figures(new, table) == new
+    with pytest.raises(DataError, match="no place for figures"):
+        summary.replace_figures("nothing", table)
