@@ -1,0 +1,111 @@
+"""`longscan evaluate runs/NAME`: held-out bits per byte of a trained model, beside compressors, and by position."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+_STREAMED = (
+    "every byte predicted from what comes before it: parts side by side, state carried across documents, each part but "
+    "the first primed with the text in front of it; document borders are predicted too, but are no bytes"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Measure a run on its held-out part, or on all of another text, and write the figures as JSON."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of the run."""
+    data: str | None = None
+    """Other text to measure on, all of it: as for `longscan train text`."""
+    field: str = "text"
+    """Field of a JSON line or data-set row that holds the text."""
+    max_bytes: int | None = None
+    """Stop reading other text after this many bytes."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    precision: Literal["float32", "bfloat16"] | None = None
+    """"bfloat16": matrix products under autocast; default: the precision the run was trained in."""
+    length: int | None = None
+    """Longest context of the loss by position; default: four times the length the run was trained on."""
+    output: Path | None = None
+    """The JSON file; default: evaluation.json in the run's folder."""
+
+
+def measure(
+    model: Any, corpus: Any, *, precision: str, progress: Callable[[float], None] | None = None
+) -> dict[str, Any]:
+    """The figures of a model on a corpus' held-out part, as plain values."""
+    from longscan.evaluation import bits_per_byte, compressors_bits_per_byte, stream_nats
+
+    nats = stream_nats(model, corpus.held_out, precision=precision, progress=progress)
+    return {
+        "text": corpus.label,
+        "bytes": corpus.held_out_bytes,
+        "tokens": len(corpus.held_out),
+        "documents": corpus.held_out_documents,
+        "bits_per_byte": bits_per_byte(nats, corpus.held_out_bytes),
+        "nats_per_token": nats / (len(corpus.held_out) - 1),
+        "compressors_bits_per_byte": compressors_bits_per_byte(corpus.held_out_text()),
+        "how": _STREAMED,
+    }
+
+
+def run(options: Options) -> int:
+    """Print the table and the loss by position, write both."""
+    from rich.table import Table
+
+    from longscan.cli.generate import load_run
+    from longscan.cli.progress import Display
+    from longscan.cli.train import saved_options
+    from longscan.evaluation import nats_by_position
+    from longscan.nn.storage import write_text
+    from longscan.tasks.text import TextConfig, prepare
+
+    saved = saved_options(options.run)
+    precision = options.precision or saved.training.precision
+    model, tokenizer = load_run(options.run, options.device)
+    text = saved.text
+    if options.data is not None:
+        text = TextConfig(options.data, saved.text.tokenizer, options.field, options.max_bytes, held_out=1.0)
+    with Display() as display:
+        with display.status("reading the text"):
+            corpus, _ = prepare(text, tokenizer)
+        with display.fraction("held-out part") as progress:
+            report = measure(model, corpus, precision=precision, progress=progress)
+        display.held_out(report)
+        length = options.length or 4 * saved.training.sequence_length
+        windows = max(16, 262144 // length)
+        nats = nats_by_position(model, corpus.held_out, windows=windows, length=length, precision=precision)
+        report["by_position"] = _buckets(nats.tolist(), report)
+        table = Table(title="by position in the context, starting afresh")
+        for heading in ("tokens before", "bits per byte"):
+            table.add_column(heading, justify="right")
+        for bucket in report["by_position"]:
+            table.add_row(f"{bucket['first']} to {bucket['last']}", f"{bucket['bits_per_byte']:.3f}")
+        display.console.print(table)
+        path = options.output or options.run / "evaluation.json"
+        write_text(path, json.dumps(report, indent=2) + "\n")
+        display.line(f"figures: {path}")
+    return 0
+
+
+def _buckets(nats: list[float], report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Means over positions 0, 1, 2-3, 4-7, ...: powers of two."""
+    from longscan.evaluation import bits_per_byte
+
+    buckets, first = [], 0
+    while first < len(nats):
+        last = min(max(1, 2 * first), len(nats))
+        mean = sum(nats[first:last]) / (last - first)
+        bits = bits_per_byte(mean * report["tokens"], report["bytes"])
+        # The window's own first token is before all of them.
+        buckets.append({"first": first + 1, "last": last, "bits_per_byte": bits})
+        first = last
+    return buckets

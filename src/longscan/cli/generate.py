@@ -1,0 +1,123 @@
+"""`longscan generate runs/NAME --prompt "def "`: text from a trained model, as it comes."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal, TextIO
+
+import tyro
+
+from longscan.errors import CheckpointError, ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Continue a prompt with a trained model, streaming the text to the terminal."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of the run."""
+    prompt: str = ""
+    """Text to continue; "-" reads it from standard input."""
+    max_tokens: int = 400
+    """Most new tokens."""
+    temperature: float = 0.8
+    """0: always the likeliest token; 1: as the model says."""
+    top_k: int = 0
+    """Only the so many likeliest tokens; 0: all."""
+    top_p: float = 0.95
+    """Only the likeliest tokens that together have this probability."""
+    min_p: float = 0.0
+    """Only tokens with at least this fraction of the likeliest one's probability."""
+    repetition_penalty: float = 1.0
+    """Above 1: tokens that were there before become less likely."""
+    seed: int | None = None
+    """The same seed gives the same text; default: another one each time."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the output."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+
+
+def load_run(folder: Path, device: str) -> tuple[Any, Any]:
+    """Model and tokenizer of a run: what it ended with, or its newest sound checkpoint if it has not ended yet.
+
+    Raises:
+        ConfigError: the folder is not a run.
+        CheckpointError: nothing is saved yet, or it is damaged.
+    """
+    import torch
+
+    from longscan.models import LanguageModel, LanguageModelConfig
+    from longscan.models.pretrained import WEIGHTS_FILE, load_weights
+    from longscan.nn.storage import load_tensors
+    from longscan.tasks.tokenizers import BYTES, TOKENIZER_FILE, load_tokenizer
+    from longscan.training.checkpoint import newest_sound
+    from longscan.training.loop import CHECKPOINTS_FOLDER
+    from longscan.training.runs import read_run
+
+    config = read_run(folder)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: 'cuda' was asked for, but torch finds no GPU here; use --device cpu")
+    source = folder
+    if not (folder / WEIGHTS_FILE).is_file():
+        newest, faults = newest_sound(folder / CHECKPOINTS_FOLDER)
+        if newest is None:
+            why = "; ".join(faults) or "it has no checkpoint yet"
+            raise CheckpointError(f"{folder} has no model: {why}; train on with: longscan train --resume {folder}")
+        source = newest
+    with torch.device("meta"):
+        model = LanguageModel(LanguageModelConfig.from_dict(config["model"]))
+    path = source / WEIGHTS_FILE
+    load_weights(model, load_tensors(path, device)[0], path)
+    name = config["text"]["tokenizer"]
+    own = folder / TOKENIZER_FILE
+    return model.eval(), load_tokenizer(BYTES if name == BYTES else str(own) if own.is_file() else name)
+
+
+def stream_sample(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    out: TextIO,
+    *,
+    max_tokens: int,
+    stop: tuple[str, ...] = (),
+    **sampling: Any,
+) -> None:
+    """Write a prompt and its continuation to ``out`` token by token; a document's end ends it."""
+    tokens = [tokenizer.border, *tokenizer.encode(prompt.encode()).tolist()]
+    options = {"temperature": 0.8, "top_p": 0.95, **sampling}
+    out.write(prompt)
+    stream = model.stream(
+        tokens, max_tokens, stop=stop, stop_tokens=[tokenizer.border], decode=tokenizer.decode, **options
+    )
+    for item in stream:
+        out.write(item.text)
+        out.flush()
+    out.write("\n")
+    out.flush()
+
+
+def run(options: Options) -> int:
+    """Stream one sample to standard output."""
+    model, tokenizer = load_run(options.run, options.device)
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    stream_sample(
+        model,
+        tokenizer,
+        prompt,
+        sys.stdout,
+        max_tokens=options.max_tokens,
+        stop=options.stop,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        seed=options.seed,
+    )
+    return 0

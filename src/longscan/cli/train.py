@@ -1,0 +1,363 @@
+"""`longscan train text`: the main job, from text to a trained model, its figures and a sample."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from longscan.cli.config import differences, merge, read_toml
+from longscan.errors import ConfigError, DataError
+from longscan.tasks.sources import STDLIB
+from longscan.tasks.text import TextConfig, recipe
+from longscan.tasks.tokenizers import BYTES
+from longscan.training.config import TrainConfig
+
+TASKS = ("text",)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """The model."""
+
+    d_model: int = 192
+    """Width of the residual stream."""
+    n_layer: int = 4
+    """Residual blocks."""
+    mixer: tuple[str, ...] = ("mamba",)
+    """Mixer of each layer; several names are cycled over."""
+    d_intermediate: int = 0
+    """Width of the gated MLP after each mixer; 0: none."""
+    mixer_options: Annotated[dict[str, Any], tyro.conf.Suppress] = dataclasses.field(default_factory=dict)
+    """Options of the mixer; in a configuration file only."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Train a language model on text and measure it: with no option, on Python's standard library.
+
+    Leaves runs/NAME with the model, its configuration, metrics, curves and checkpoints. Stop it with Ctrl-C; go on with
+    longscan train --resume runs/NAME.
+    """
+
+    text: TextConfig = dataclasses.field(default_factory=TextConfig)
+    model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
+    training: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto: a GPU if there is one."""
+    name: str = "text"
+    """Name of the run; if it is taken, -2, -3, ... is added."""
+    runs: Path = Path("runs")
+    """Folder of all runs."""
+    config: Path | None = None
+    """TOML file with values for these options in [text], [model], [training]; flags win over it."""
+    resume: Path | None = None
+    """Go on with this run from its last checkpoint; other options must be as they were."""
+    sample: int = 400
+    """Tokens of the sample at the end; 0: none."""
+
+
+def parse(arguments: list[str], prog: str) -> Options:
+    """Options from flags over the configuration file (or the run to resume) over the defaults for the device.
+
+    Raises:
+        ConfigError: the file or the run cannot be used, or a flag contradicts the run.
+    """
+    words = list(arguments)
+    if words and not words[0].startswith("-"):
+        if words[0] not in TASKS:
+            raise ConfigError(f"task: {words[0]!r} is not known; one of: {', '.join(TASKS)}")
+        prog, words = f"{prog} {words[0]}", words[1:]
+    elif not any(word.split("=")[0] in ("--resume", "-h", "--help") for word in words):
+        raise ConfigError(
+            f"name a task ({', '.join(TASKS)}), as in `longscan train text`, or a run: --resume runs/NAME"
+        )
+    resume, config, device = (_peek(words, flag) for flag in ("--resume", "--config", "--device"))
+    if resume is not None:
+        saved = saved_options(Path(resume))
+        chosen = _flags(words, prog, saved)
+        ours = dataclasses.replace(chosen, config=saved.config, resume=saved.resume)
+        if chosen.config is not None:
+            ours = merge(ours, read_toml(chosen.config), str(chosen.config))
+        changed = differences(saved, dataclasses.replace(ours, sample=saved.sample))
+        if changed:
+            raise ConfigError(f"--resume {resume} goes on with its own configuration, but {'; '.join(changed)}")
+        return dataclasses.replace(ours, resume=Path(resume))
+    values = read_toml(Path(config)) if config is not None else {}
+    device = device or values.get("device", "auto")
+    defaults = merge(Options(), recipe(_resolve(str(device))), "default recipe")
+    return _flags(words, prog, merge(defaults, values, str(config)))
+
+
+def _flags(words: list[str], prog: str, defaults: Options) -> Options:
+    return tyro.cli(tyro.conf.OmitArgPrefixes[Options], args=words, prog=prog, default=defaults)
+
+
+def _peek(words: list[str], flag: str) -> str | None:
+    """The value of a flag, before the flags are parsed in earnest."""
+    for index, word in enumerate(words):
+        if word == flag and index + 1 < len(words):
+            return words[index + 1]
+        if word.startswith(f"{flag}="):
+            return word[len(flag) + 1 :]
+    return None
+
+
+def _resolve(device: str) -> str:
+    if device != "auto":
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def saved_options(folder: Path) -> Options:
+    """The options a run was started with.
+
+    Raises:
+        ConfigError: the folder is not a run, or its configuration was changed by hand to something not allowed.
+    """
+    from longscan.models import LanguageModelConfig
+    from longscan.training.runs import read_run
+
+    saved = read_run(folder)
+    shape = LanguageModelConfig.from_dict(saved["model"])
+    model = ModelOptions(
+        shape.d_model, shape.n_layer, shape.mixer_names, shape.d_intermediate, dict(shape.mixer_options)
+    )
+    values = {"text": saved["text"], "training": saved["training"], "device": saved.get("device", "auto")}
+    options = merge(Options(model=model), values, str(folder / "config.json"))
+    return dataclasses.replace(options, name=folder.name, runs=folder.parent)
+
+
+def run(options: Options) -> int:
+    """Train, measure, sample. Exit code 0; 130 or 143 after a stop by Ctrl-C or SIGTERM, with everything saved."""
+    import torch
+
+    from longscan.cli.progress import Display
+    from longscan.training import join
+
+    with join(_resolve(options.device)) as (ranks, device), Stop() as stop, Display(quiet=not ranks.first) as display:
+        if device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = True
+        job = Job(options, ranks, device, stop, display)
+        finished = job.prepare() and job.train() and (not ranks.first or job.finish())
+        # The others wait here while the first evaluates: leaving would end it too.
+        ranks.wait()
+        if finished:
+            return 0
+        display.line(f"stopped; go on with: [bold]longscan train --resume {job.folder}[/]")
+        return 128 + (stop.signal or signal.SIGINT)
+
+
+class Stop:
+    """Ctrl-C and SIGTERM ask to stop at the next step; a second one of them stops at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __call__(self) -> bool:
+        return self.signal is not None
+
+    def __enter__(self) -> Stop:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # not in the main thread: signals are someone else's matter
+                self._before[number] = signal.signal(number, self._asked)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _asked(self, number: int, frame: object) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+
+
+class _Stopped(Exception):
+    """Thrown out of a long evaluation."""
+
+
+class Job:
+    """One training job; its three parts return False if they were stopped."""
+
+    def __init__(self, options: Options, ranks: Any, device: Any, stop: Stop, display: Any) -> None:
+        self._options, self._ranks, self._device, self._stop, self._display = options, ranks, device, stop, display
+        self.folder = options.resume if options.resume is not None else options.runs / options.name
+
+    def prepare(self) -> bool:
+        """Read the text, build the model, fix the number of steps, make the folder of the run."""
+        import torch
+
+        from longscan.models import LanguageModel, LanguageModelConfig
+        from longscan.tasks.text import prepare
+        from longscan.training import Batches, Stepper, create_run, read_run
+
+        options, display = self._options, self._display
+        # The first process builds the corpus, the others find it in the cache.
+        for turn in (True, False):
+            if turn == self._ranks.first:
+                with display.status("reading the text"):
+                    self.corpus, self.tokenizer = prepare(options.text)
+            self._ranks.wait()
+        corpus = self.corpus
+        if options.resume is not None:
+            self._same_corpus(read_run(options.resume).get("corpus", {}))
+        shape = LanguageModelConfig(
+            d_model=options.model.d_model,
+            n_layer=options.model.n_layer,
+            vocab_size=self.tokenizer.vocab_size,
+            mixer=options.model.mixer if len(options.model.mixer) > 1 else options.model.mixer[0],
+            mixer_options=options.model.mixer_options,
+            d_intermediate=options.model.d_intermediate,
+        )
+        training = options.training
+        torch.manual_seed(training.seed)
+        self.model = LanguageModel(shape, device=self._device)
+        batches = Batches(
+            corpus.train, training.batch_size, training.sequence_length, training.seed, training.carry_state
+        )
+        self.stepper = Stepper(self.model, training, batches, ranks=self._ranks, device=self._device)
+        display.line(
+            f"text: {corpus.label}: {corpus.train_bytes / 1e6:.1f} MB in {corpus.train_documents} documents to train, "
+            f"{corpus.held_out_bytes / 1e6:.2f} MB in {corpus.held_out_documents} held out"
+        )
+        size = f"{self.model.num_parameters() / 1e6:.2f}M parameters"
+        display.line(
+            f"model: {shape.n_layer} x {'+'.join(shape.mixer_names)}, d_model {shape.d_model}, {size}, {self._device}"
+        )
+        if training.steps is None:
+            minutes = training.minutes if training.minutes is not None else 5.0
+            with display.status("measuring the time of a step"):
+                seconds = self.stepper.measure()
+                evaluation = self._evaluation_seconds()
+            # Never less than half of the time for training, however slow the evaluation.
+            left = max(minutes * 60 - evaluation, minutes * 30)
+            training = dataclasses.replace(training, steps=max(1, round(left / seconds)))
+            display.line(
+                f"here a step takes {1e3 * seconds:.0f} ms and the final evaluation {evaluation:.0f} s: "
+                f"{training.steps} steps in {minutes:g} minutes"
+            )
+        self.training = training
+        if self._stop():
+            raise KeyboardInterrupt
+        if options.resume is None and self._ranks.first:
+            self.folder = create_run(options.runs, options.name, self._description(shape, training))
+            self.tokenizer.save(self.folder)
+            display.line(f"run: [bold]{self.folder}[/]")
+        self._ranks.wait()
+        return True
+
+    def _evaluation_seconds(self) -> float:
+        """How long the whole held-out part will take, from two shorter passes over its beginning."""
+        from longscan.evaluation import stream_nats
+
+        tokens = self.corpus.held_out
+        few = min(len(tokens), 65536)
+        for _ in range(2):  # the first one compiles kernels
+            begin = time.perf_counter()
+            stream_nats(self.model, tokens[:few], precision=self._options.training.precision)
+            seconds = time.perf_counter() - begin
+        return self._ranks.broadcast(seconds * len(tokens) / few, self._device)
+
+    def _description(self, shape: Any, training: TrainConfig) -> dict[str, Any]:
+        from longscan import __version__
+
+        text = dataclasses.asdict(self._options.text)
+        for key in ("data", "tokenizer"):
+            path = Path(text[key]).expanduser()
+            if text[key] not in (STDLIB, BYTES) and path.exists():
+                text[key] = str(path.resolve())  # the run may be resumed from another folder
+        return {
+            "longscan": __version__,
+            "text": text,
+            "model": shape.to_dict(),
+            "training": dataclasses.asdict(training),
+            "corpus": self.corpus.describe(),
+            "device": self._device.type,
+        }
+
+    def _same_corpus(self, saved: dict[str, Any]) -> None:
+        if saved.get("key") != self.corpus.key:
+            raise DataError(
+                f"--resume {self.folder}: the text has changed since the run began ({saved.get('train_bytes')} bytes "
+                f"to train on then, {self.corpus.train_bytes} now); going on would not be the same run. Start a new one"
+            )
+
+    def train(self) -> bool:
+        """All steps, from the last checkpoint on."""
+        from longscan.evaluation import nats_by_position
+        from longscan.training import Trainer
+
+        training, corpus = self.training, self.corpus
+        assert training.steps is not None
+        per_token = len(corpus.train) / corpus.train_bytes / math.log(2)
+        held_out_per_token = len(corpus.held_out) / corpus.held_out_bytes / math.log(2)
+
+        def estimate() -> float:
+            windows = max(1, 65536 // training.sequence_length)
+            length, rows = training.sequence_length, training.batch_size
+            nats = nats_by_position(
+                self.model, corpus.held_out, windows=windows, length=length, rows=rows, precision=training.precision
+            )
+            return float(nats.mean()) * held_out_per_token
+
+        trainer = Trainer(
+            self.folder,
+            training,
+            self.stepper,
+            ranks=self._ranks,
+            device=self._device,
+            bits_per_byte=per_token,
+            observer=self._display,
+            estimate=estimate,
+            should_stop=self._stop,
+        )
+        with self._display.training(training.steps):
+            return trainer.run()
+
+    def finish(self) -> bool:
+        """Weights, held-out bits per byte, curve and sample."""
+        from longscan.cli.evaluate import measure
+        from longscan.cli.generate import stream_sample
+        from longscan.nn.storage import write_text
+        from longscan.plots.training import training_curve
+        from longscan.training.checkpoint import save_weights
+        from longscan.training.metrics import METRICS_FILE, read_metrics
+
+        save_weights(self.model, self.folder / "model.safetensors")
+        try:
+            with self._display.fraction("held-out part") as progress:
+
+                def tell(done: float) -> None:
+                    if self._stop():
+                        raise _Stopped
+                    progress(done)
+
+                report = measure(self.model, self.corpus, precision=self.training.precision, progress=tell)
+        except _Stopped:
+            return False
+        write_text(self.folder / "held_out.json", json.dumps(report, indent=2) + "\n")
+        self._display.held_out(report)
+        rows = read_metrics(self.folder / METRICS_FILE)
+        compressors = report["compressors_bits_per_byte"]
+        title = f"{self.folder.name}: {self.corpus.label}"
+        curve = self.folder / "curves.png"
+        training_curve(rows, curve, title=title, compressors=compressors, held_out=report["bits_per_byte"])
+        self._display.line(f"curve: {curve}")
+        if self._options.sample:
+            prompt = "def " if self._options.text.data == "stdlib" else ""
+            self._display.line(f"a sample{f' after {prompt!r}' if prompt else ''}:")
+            stream_sample(self.model, self.tokenizer, prompt, sys.stdout, max_tokens=self._options.sample, seed=0)
+        self._display.line(f"more: [bold]longscan generate {self.folder} --prompt {'def '!r}[/]")
+        return True
