@@ -46,7 +46,8 @@ def language_model(model: LanguageModel) -> nn.Module:
     weight = model.backbone.embedding.weight
     mixer = model.backbone.layers[0].mixer
     assert isinstance(mixer, Mamba)
-    peer = MambaForCausalLM(_config(mixer, model.config.n_layer, model.config.padded_vocab_size))
+    # Its methods are wrapped so that their types get lost.
+    peer: Any = MambaForCausalLM(_config(mixer, model.config.n_layer, model.config.padded_vocab_size))
     peer = peer.to(dtype=weight.dtype)
     state = {name.replace("embedding.", "embeddings."): tensor for name, tensor in model.state_dict().items()}
     peer.load_state_dict(state)
