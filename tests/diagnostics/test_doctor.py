@@ -91,9 +91,11 @@ def test_unknown_device_is_named() -> None:
 def test_cache_folders_follow_their_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "not" / "yet"))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    numba, triton = diagnostics.check_caches()
+    monkeypatch.setenv("LONGSCAN_CUDA_CACHE_DIR", str(tmp_path / "cuda"))
+    numba, triton, cuda = diagnostics.check_caches()
     assert (numba.folder, numba.writable) == (tmp_path / "not" / "yet", True)
     assert triton.folder == tmp_path
+    assert cuda.folder == tmp_path / "cuda"
 
 
 def test_machine_and_versions() -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from longscan.diagnostics.machine import devices
-from longscan.ops import backends
+from longscan.ops import backends, nvrtc
 from longscan.ops.add_rms_norm import add_rms_norm
 from longscan.ops.causal_conv1d import causal_conv1d
 from longscan.ops.selective_scan import selective_scan
@@ -193,9 +193,11 @@ def check_caches() -> list[Cache]:
     numba = Path(os.environ["NUMBA_CACHE_DIR"]) if os.environ.get("NUMBA_CACHE_DIR") else beside
     home = Path(os.environ.get("TRITON_HOME") or Path.home())
     triton = Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache")
+    cuda = nvrtc.cache_folder()
     return [
         Cache("Numba (CPU kernels)", numba, _writable(numba), "NUMBA_CACHE_DIR"),
         Cache("Triton (GPU kernels)", triton, _writable(triton), "TRITON_CACHE_DIR"),
+        Cache("CUDA (NVIDIA kernels)", cuda, _writable(cuda), "LONGSCAN_CUDA_CACHE_DIR"),
     ]
 
 

@@ -23,16 +23,19 @@ from longscan.errors import ArgumentError, BackendError
 
 #: The operators and the backends each of them has, slowest and surest last.
 OPERATORS: dict[str, tuple[str, ...]] = {
-    "selective_scan": ("cpu", "triton", "reference"),
+    "selective_scan": ("cpu", "cuda", "triton", "reference"),
     "causal_conv1d": ("cpu", "triton", "reference"),
     "add_rms_norm": ("cpu", "triton", "reference"),
 }
 
 #: Every name that `backend=`, `with backend(...)` and LONGSCAN_BACKEND take.
-NAMES = ("auto", "reference", "cpu", "triton")
+NAMES = ("auto", "reference", "cpu", "cuda", "triton")
 
 # Devices a backend can run on at all; the reference runs on every device.
-_DEVICES = {"cpu": ("cpu",), "triton": ("cuda", "xpu")}
+_DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "xpu")}
+
+# What a backend imports.
+_REQUIREMENTS = {"cpu": ("numba",), "cuda": ("cuda.core", "cuda.bindings"), "triton": ("triton",)}
 
 _override: str = os.environ.get("LONGSCAN_BACKEND", "auto") or "auto"
 
@@ -49,7 +52,7 @@ def backend(name: str) -> Iterator[None]:
     """Within the block, every operator uses backend `name` unless a call names its own.
 
     Args:
-        name: "auto", "reference", "cpu" (Numba) or "triton". It holds for all threads of the process.
+        name: "auto", "reference", "cpu" (Numba), "cuda" or "triton". It holds for all threads of the process.
 
     Raises:
         ArgumentError: unknown name.
@@ -75,8 +78,7 @@ def load(operator: str, name: str) -> ModuleType | str:
     """The module of one backend, or the reason why it cannot be imported here."""
     if name not in OPERATORS[operator]:
         return f"{operator} has no backend {name!r}"
-    requirement = {"cpu": "numba", "triton": "triton"}.get(name)
-    if requirement is not None:
+    for requirement in _REQUIREMENTS.get(name, ()):
         try:
             importlib.import_module(requirement)
         except ImportError as error:

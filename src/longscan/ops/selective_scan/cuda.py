@@ -1,0 +1,255 @@
+"""The selective scan in CUDA C++, for NVIDIA GPUs of compute capability 8.0 and later.
+
+This file plans the launches; the kernels are in scan_forward.cu, scan_backward.cu, scan_flow.cu and scan_chain.cu,
+compiled when they are first needed (`longscan.ops.nvrtc`).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from longscan.ops.selective_scan.cuda_call import FORMATS, Call, addresses, rows, steps
+from longscan.ops.selective_scan.cuda_plan import Split, backward_split, forward_split
+
+#: Steps between saved states, and of a tile of the backward pass.
+CHUNK = 32
+
+# Most real and most complex states of a channel.
+_MOST = {False: 32, True: 16}
+
+# Steps of a tile of the pass that finds what flows out of a piece of time, and those whose states the backward pass
+# holds in registers.
+_FLOW_TILE, _SUB = 16, 4
+
+# Warps of a block, and blocks that a multiprocessor has registers for.
+_FORWARD_WARPS, _FORWARD_BLOCKS = 4, 4
+_BACKWARD_WARPS, _BACKWARD_BLOCKS = 4, 2
+
+
+def unsupported(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> str | None:
+    """Why these arguments cannot be served, in words; None when they can."""
+    if x.dtype not in FORMATS:
+        return f"its kernels take float32, bfloat16 and float16, not {x.dtype}"
+    most = _MOST[A.is_complex()]
+    if A.shape[1] > most:
+        kind = "complex" if A.is_complex() else "real"
+        return f"it serves up to {most} {kind} states per channel, not {A.shape[1]}"
+    return _refuse_device(x.device.index or 0)
+
+
+@cache
+def _refuse_device(index: int) -> str | None:
+    if torch.version.hip is not None:
+        return "it serves NVIDIA GPUs"
+    major, minor = torch.cuda.get_device_capability(index)
+    return None if major >= 8 else f"it needs compute capability 8.0, this GPU has {major}.{minor}"
+
+
+def chunk_length(state: int) -> int:
+    """Steps between saved states."""
+    return CHUNK
+
+
+def checkpoints_shape(tokens: int, channels: int, state: int, num_sequences: int) -> tuple[int, ...]:
+    """Shape of the saved states: an upper bound on the chunks that `num_sequences` sequences can make."""
+    return (tokens // CHUNK + num_sequences, channels, state)
+
+
+def forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    dt_softplus: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, final state and (with `save`) the states at chunk borders."""
+    with torch.cuda.device(x.device):
+        call = Call.of(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus)
+        return _forward(call, forward_split(*call.size), save)
+
+
+def _forward(call: Call, split: Split, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    x = call.x
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    shape = checkpoints_shape(call.tokens, call.channels, call.states, call.sequences) if save else (0,)
+    saved = torch.empty(shape, dtype=call.A.dtype, device=x.device)
+    # B and C that are constant in time take registers of their own.
+    lanes, each = call.lanes(split.numbers if call.B.dim() == call.C.dim() == 4 else min(split.numbers, 8))
+    blocks = call.blocks(32 // lanes)
+    options = call.options(lanes, each, y)
+    pieces = call.pieces(split.steps)
+    items = pieces * call.groups * blocks
+    layout = {"TILE": 8 if lanes == 1 else 16, "CHUNK": CHUNK, "WARPS": _FORWARD_WARPS, "RESIDENT": _FORWARD_BLOCKS}
+    ends, sums = (call.new_states(pieces), call.new_sums(pieces)) if split.steps else (None, None)
+
+    def scan(output: bool, before: Tensor | None, final: Tensor | None) -> None:
+        own = {"OUTPUT": output, "SAVE": output and save, "CHUNKED": split.steps > 0}
+        run = call.kernel("scan_forward.cu", "scan_forward", {**options, **layout, **own})
+        tensors = (
+            x,
+            call.dt,
+            call.z,
+            call.A,
+            call.B,
+            call.C,
+            call.D,
+            call.dt_bias,
+            y,
+            before,
+            final,
+            saved,
+            ends,
+            sums,
+        )
+        strides = (*steps(x, call.dt, call.z), *call.strides)
+        arguments = (*addresses(*tensors, call.offsets), *strides, *call.sizes(blocks), split.steps, items)
+        run.launch(-(-items // _FORWARD_WARPS), 32 * _FORWARD_WARPS, arguments)
+
+    if ends is None or sums is None:
+        final = call.new_states(call.sequences)
+        scan(True, call.initial, final)
+        return y, final, saved
+    scan(False, None, None)
+    borders, final = call.chain(options, ends, sums, call.initial, split.steps, reverse=False)
+    scan(True, borders, None)
+    return y, final, saved
+
+
+def backward(
+    dy: Tensor,
+    dfinal: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    checkpoints: Tensor,
+    *,
+    dt_softplus: bool,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, dt, A, B, C, D, z, dt_bias and initial_state (None where the argument is None)."""
+    with torch.cuda.device(x.device):
+        call = Call.of(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus)
+        dfinal = dfinal.resolve_conj().contiguous()
+        dx, ddt, dA, dB, dC, *others = _backward(
+            call, backward_split(*call.size), rows(dy.to(x.dtype)), dfinal, checkpoints
+        )
+        assert dB is not None
+        assert dC is not None
+        return dx, ddt, dA, dB.to(B.dtype), dC.to(C.dtype), *others
+
+
+def _backward(call: Call, split: Split, dy: Tensor, dfinal: Tensor, saved: Tensor) -> tuple[Tensor | None, ...]:
+    x, z = call.x, call.z
+    lanes, each = call.lanes(split.numbers)
+    width = 32 // lanes
+    # No more warps than a group has channels for.
+    warps = min(_BACKWARD_WARPS, 1 << (call.blocks(width) - 1).bit_length())
+    blocks = call.blocks(width * warps)
+    options = call.options(lanes, each, dy)
+    pieces = call.pieces(split.steps)
+    if split.steps:
+        dfinal, dinitial = _flows(call, options, dy, dfinal, split.steps)
+    else:
+        dinitial = call.new_states(call.sequences)
+
+    def like(tensor: Tensor) -> Tensor:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+    def partial(tensor: Tensor, groups: int) -> Tensor:
+        """Room for the partial sums of B's or C's gradient."""
+        if tensor.dim() != 4:
+            return call.new_states(pieces)
+        parts = call.groups // groups * blocks
+        shape = (parts, call.tokens, groups, call.planes, lanes * each)
+        return torch.empty(shape, dtype=torch.float32, device=x.device)
+
+    dx, ddt, dz = like(x), like(x), None if z is None else like(x)
+    dA, dD, dbias = call.new_states(pieces), call.new_sums(pieces), call.new_sums(pieces)
+    dB, dC = partial(call.B, call.b_groups), partial(call.C, call.c_groups)
+    layout = {"TILE": CHUNK, "SUB": _SUB, "WARPS": warps, "RESIDENT": _BACKWARD_BLOCKS}
+    run = call.kernel("scan_backward.cu", "scan_backward", {**options, **layout, "CHUNKED": split.steps > 0})
+    given = (dy, x, call.dt, z, call.A, call.B, call.C, call.D, call.dt_bias, saved, dfinal)
+    found = (dx, ddt, dz, dA, dB, dC, dD, dbias, dinitial)
+    strides = (*steps(dy, x, call.dt, z), *call.strides)
+    arguments = (*addresses(*given, *found, call.offsets), *strides, *call.sizes(blocks), split.steps, call.tokens)
+    run.launch(pieces * call.groups * blocks, 32 * warps, arguments)
+    return (
+        dx,
+        ddt,
+        dA.sum(0),
+        _collect(dB, call.B),
+        _collect(dC, call.C),
+        None if call.D is None else dD.sum(0),
+        dz,
+        None if call.dt_bias is None else dbias.sum(0),
+        None if call.initial is None else dinitial,
+    )
+
+
+def _flows(call: Call, options: dict[str, int], dy: Tensor, dfinal: Tensor, span: int) -> tuple[Tensor, Tensor]:
+    """What flows into each piece of `span` steps at its end, and out of each sequence at its start."""
+    pieces, blocks = call.pieces(span), call.blocks(32 // options["LANES"])
+    items = pieces * call.groups * blocks
+    local, sums = call.new_states(pieces), call.new_sums(pieces)
+    run = call.kernel("scan_flow.cu", "scan_flow", {**options, "TILE": _FLOW_TILE, "WARPS": _FORWARD_WARPS})
+    tensors = addresses(dy, call.dt, call.z, call.A, call.C, call.dt_bias, local, sums, call.offsets)
+    strides = (*steps(dy, call.dt, call.z), *call.strides[3:])
+    *sizes, _, c_share = call.sizes(blocks)
+    run.launch(-(-items // _FORWARD_WARPS), 32 * _FORWARD_WARPS, (*tensors, *strides, *sizes, c_share, span, items))
+    return call.chain(options, local, sums, dfinal, span, reverse=True)
+
+
+def _collect(partial: Tensor, like: Tensor) -> Tensor:
+    """The sum of the partial sums of B's or C's gradient, in its shape and dtype."""
+    total = partial.sum(0)
+    if like.dim() == 4:
+        real, imaginary = total[..., 0, : like.shape[-1]], total[..., -1, : like.shape[-1]]
+        total = (torch.complex(real, imaginary) if like.is_complex() else real).reshape(like.shape)
+    return total.to(like.dtype)
+
+
+def update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    *,
+    dt_softplus: bool,
+) -> Tensor:
+    """One step in place: Triton's kernel, which reads and writes the state once and has nothing left to gain."""
+    from longscan.ops.selective_scan import triton
+
+    return triton.update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus=dt_softplus)

@@ -1,0 +1,219 @@
+"""What the CUDA kernels of the selective scan are given: a call's tensors as they read them, its sizes and macros."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from longscan.ops import nvrtc
+
+_FOLDER = Path(__file__).parent
+
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@cache
+def multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """The tensor itself if its channels (or states) are neighbours in memory, else a copy that has them so."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def addresses(*tensors: Tensor | None) -> tuple[int, ...]:
+    return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+
+
+def steps(*tensors: Tensor | None) -> tuple[int, ...]:
+    """Strides of each tensor between rows and between steps."""
+    return tuple(stride for tensor in tensors for stride in ((0, 0) if tensor is None else tensor.stride()[:2]))
+
+
+def _coefficient(tensor: Tensor) -> Tensor:
+    """B or C as the kernels read it: states next to one another; a constant in float32."""
+    if tensor.dim() == 4:
+        return rows(tensor.resolve_conj())
+    return (tensor.resolve_conj() if tensor.is_complex() else tensor.float()).contiguous()
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.resolve_conj().contiguous()
+
+
+def _coefficient_strides(tensor: Tensor) -> tuple[int, int, int]:
+    """Strides of B or C between rows, steps and groups, in real numbers; none for a constant."""
+    if tensor.dim() != 4:
+        return 0, 0, 0
+    scale = 2 if tensor.is_complex() else 1
+    row, step, group, _ = tensor.stride()
+    return row * scale, step * scale, group * scale
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    """Whether every row starts, and its length is, a multiple of 16 bytes."""
+    size = tensor.element_size()
+    return not (
+        tensor.data_ptr() % 16
+        or tensor.shape[-1] * size % 16
+        or any(stride * size % 16 for stride in tensor.stride()[:-1])
+    )
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of a scan, as its kernels read them."""
+
+    x: Tensor
+    dt: Tensor
+    z: Tensor | None
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    dt_bias: Tensor | None
+    initial: Tensor | None
+    offsets: Tensor | None
+    softplus: bool
+
+    @staticmethod
+    def of(
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        dt_bias: Tensor | None,
+        initial_state: Tensor | None,
+        cu_seqlens: Tensor | None,
+        dt_softplus: bool,
+    ) -> Call:
+        return Call(
+            rows(x),
+            rows(dt),
+            None if z is None else rows(z),
+            A.resolve_conj().contiguous(),
+            _coefficient(B),
+            _coefficient(C),
+            _contiguous(D),
+            _contiguous(dt_bias),
+            _contiguous(initial_state),
+            _contiguous(cu_seqlens),
+            dt_softplus,
+        )
+
+    @property
+    def device(self) -> int:
+        return self.x.device.index or 0
+
+    @property
+    def tokens(self) -> int:
+        return self.x.shape[0] * self.x.shape[1]
+
+    @property
+    def channels(self) -> int:
+        return self.x.shape[2]
+
+    @property
+    def states(self) -> int:
+        return self.A.shape[1]
+
+    @property
+    def planes(self) -> int:
+        """Real numbers of a number of the state."""
+        return 2 if self.A.is_complex() else 1
+
+    @property
+    def sequences(self) -> int:
+        return self.x.shape[0] if self.offsets is None else self.offsets.shape[0] - 1
+
+    @property
+    def b_groups(self) -> int:
+        return self.B.shape[2] if self.B.dim() == 4 else 1
+
+    @property
+    def c_groups(self) -> int:
+        return self.C.shape[2] if self.C.dim() == 4 else 1
+
+    @property
+    def groups(self) -> int:
+        """Groups of channels that share both their B and their C."""
+        return math.lcm(self.b_groups, self.c_groups)
+
+    @property
+    def size(self) -> tuple[int, int, int, int, int]:
+        """What a plan is made from."""
+        return self.sequences, self.tokens, self.channels, self.states * self.planes, multiprocessors(self.device)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Of B and C."""
+        return *_coefficient_strides(self.B), *_coefficient_strides(self.C)
+
+    def blocks(self, width: int) -> int:
+        """Blocks of `width` channels in a group."""
+        return -(-self.channels // self.groups // width)
+
+    def pieces(self, size: int) -> int:
+        """Upper bound on the pieces of `size` steps that the sequences are cut into; size 0: they are not cut."""
+        return self.tokens // size + self.sequences if size else self.sequences
+
+    def sizes(self, blocks: int) -> tuple[int, ...]:
+        """What every scanning kernel is told, in its order."""
+        shares = self.groups // self.b_groups, self.groups // self.c_groups
+        return self.sequences, self.x.shape[1], self.channels, self.states, self.groups, blocks, *shares
+
+    def lanes(self, numbers: int) -> tuple[int, int]:
+        """LANES and STATES: how a channel's states are spread when a lane takes so many real numbers."""
+        width = 1 << (self.states - 1).bit_length()
+        each = max(1, min(width, numbers // self.planes))
+        return width // each, each
+
+    def options(self, lanes: int, each: int, *more: Tensor | None) -> dict[str, int]:
+        """Macros of scan_common.cuh; `more` are tensors that are read or written in rows, too."""
+        steps = [tensor for tensor in (self.B, self.C) if tensor.dim() == 4]
+        row_wise = [tensor for tensor in (self.x, self.dt, self.z, *more, *steps) if tensor is not None]
+        aligned = all(map(_is_aligned, row_wise)) and self.channels // self.groups * self.x.element_size() % 16 == 0
+        return {
+            "FORMAT": FORMATS[self.x.dtype],
+            "COMPLEX": self.A.is_complex(),
+            "B_STEP": self.B.dim() == 4,
+            "C_STEP": self.C.dim() == 4,
+            "HAS_Z": self.z is not None,
+            "SOFTPLUS": self.softplus,
+            "PACKED": self.offsets is not None,
+            "ALIGNED": aligned,
+            "LANES": lanes,
+            "STATES": each,
+            "WHOLE": lanes * each == self.states,
+        }
+
+    def kernel(self, source: str, name: str, options: dict[str, int]) -> nvrtc.Kernel:
+        return nvrtc.kernel(_FOLDER / source, name, nvrtc.macros(options), self.device)
+
+    def new_states(self, count: int) -> Tensor:
+        """Room for the states of `count` pieces."""
+        return torch.empty((count, self.channels, self.states), dtype=self.A.dtype, device=self.x.device)
+
+    def new_sums(self, count: int) -> Tensor:
+        """Room for a number per channel of `count` pieces."""
+        return torch.empty((count, self.channels), dtype=torch.float32, device=self.x.device)
+
+    def chain(
+        self, options: dict[str, int], local: Tensor, sums: Tensor, edge: Tensor | None, span: int, *, reverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        """From what pieces of `span` steps give from zero: what goes into each, and what comes out of each sequence."""
+        borders, last = torch.empty_like(local), self.new_states(self.sequences)
+        run = self.kernel("scan_chain.cu", "scan_chain", {**options, "REVERSE": reverse})
+        tensors = addresses(local, sums, self.A, borders, edge, last, self.offsets)
+        sizes = (self.sequences, self.x.shape[1], self.channels, self.states, span)
+        run.launch(-(-self.sequences * self.channels * self.states // 128), 128, (*tensors, *sizes))
+        return borders, last
