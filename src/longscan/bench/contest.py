@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from longscan.bench.report import Row
-from longscan.bench.timing import Timing, measure, synchronise, timed
+from longscan.bench.timing import Replays, Timing, measure_in_turn, synchronise, timed
 from longscan.errors import ArgumentError
 
 #: Peers that `--peers` can name; see `longscan.bench.peers`.
@@ -79,6 +79,16 @@ class Contender:
     prepare: Callable[[], Call]
 
 
+@dataclass(frozen=True)
+class _Ready:
+    """A contender whose outputs are right, and how long a pass took it."""
+
+    contender: Contender
+    call: Callable[[], Any]
+    first: float
+    error: float
+
+
 def compare(
     group: str,
     contenders: Sequence[Contender],
@@ -87,37 +97,70 @@ def compare(
     *,
     dtype: torch.dtype,
     to_value: Callable[[float], float],
+    graphs: bool = False,
 ) -> list[Row]:
-    """Runs each contender in turn: build, first pass, comparison with `truth`, then the timed passes.
+    """Builds each contender, compares its first pass with `truth`, then times those that are right.
 
-    A contender that is not installed is left out; one that fails or gives other numbers gets a row that says so.
+    On the CPU they take turns, pass by pass, so that a slow moment of the machine meets them all. On a GPU, whose
+    memory may not hold them all, each is timed before the next one is built. One that is not installed is left out; one
+    that fails or gives other numbers gets a row that says so.
 
     Args:
         to_value: seconds per call to the report's unit.
+        graphs: on NVIDIA GPUs, time passes captured in a CUDA graph, without their launches.
     """
-    rows = []
+    rows: dict[str, Row] = {}
+    ready: list[_Ready] = []
     for contender in contenders:
         settings.progress(f"{group}: {contender.name}")
         try:
-            rows.append(_run(group, contender, truth, settings, dtype, to_value))
+            found = _first_pass(group, contender, truth, settings, dtype, graphs and settings.device == "cuda")
         except Exception as error:  # a peer may break in any way; its row says how
             if isinstance(error, ImportError) and contender.kind == "peer":
                 continue
             note = f"fails: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            rows.append(Row(group, contender.name, contender.kind, note=note))
-        finally:
-            gc.collect()
+            found = Row(group, contender.name, contender.kind, note=note)
+        if isinstance(found, Row):
+            rows[contender.name] = found
+        elif settings.device == "cpu":
+            ready.append(found)
+        else:
+            rows.update(_timed_rows(group, [found], settings, to_value))
+        del found
+        gc.collect()
+    rows.update(_timed_rows(group, ready, settings, to_value))
+    return [rows[contender.name] for contender in contenders if contender.name in rows]
+
+
+def _timed_rows(
+    group: str, ready: Sequence[_Ready], settings: Settings, to_value: Callable[[float], float]
+) -> dict[str, Row]:
+    if not ready:
+        return {}
+    settings.progress(f"{group}: timing {', '.join(one.contender.name for one in ready)}")
+    timings = measure_in_turn(
+        [one.call for one in ready],
+        settings.device,
+        repeats=settings.repeats,
+        budget=settings.budget,
+        firsts=[one.first for one in ready],
+    )
+    rows = {}
+    for one, timing in zip(ready, timings, strict=True):
+        note = "one pass" if timing.samples == 1 else ""
+        name, kind = one.contender.name, one.contender.kind
+        rows[name] = Row(group, name, kind, timing, to_value(timing.median), one.error, note)
     return rows
 
 
-def _run(
+def _first_pass(
     group: str,
     contender: Contender,
     truth: tuple[Tensor, ...],
     settings: Settings,
     dtype: torch.dtype,
-    to_value: Callable[[float], float],
-) -> Row:
+    graphs: bool,
+) -> Row | _Ready:
     call = contender.prepare()
     start = time.perf_counter()
     outputs = call()
@@ -129,12 +172,12 @@ def _run(
         note = f"not timed: its output differs from the definition's by {error:.1e}, allowed {TOLERANCE[dtype]:.0e}"
         return Row(group, contender.name, contender.kind, error=error, note=note)
     # A slow peer's first pass may be its only one; ours, and any on a GPU, compiles in it.
-    compiles = contender.kind == "ours" or settings.device != "cpu"
-    if compiles:
+    if contender.kind == "ours" or settings.device != "cpu":
         first = timed(call, settings.device)
-    timing = measure(call, settings.device, repeats=settings.repeats, budget=settings.budget, first=first)
-    note = "one pass" if timing.samples == 1 else ""
-    return Row(group, contender.name, contender.kind, timing, to_value(timing.median), error, note)
+    if graphs:
+        replays = Replays(call, first)
+        return _Ready(contender, replays, timed(replays, settings.device), error)
+    return _Ready(contender, call, first, error)
 
 
 def floor(group: str, name: str, timing: Timing | float, to_value: Callable[[float], float], note: str = "") -> Row:

@@ -29,6 +29,24 @@ def multiply_adds_per_second(device: torch.device | str = "cpu", *, size: int = 
     return size**3 / measure(lambda: a @ b, device, repeats=repeats).low
 
 
+def exponentials_per_second() -> float | None:
+    """Exponentials (or reciprocals, logarithms) that the special-function units of the NVIDIA GPU here give.
+
+    16 a cycle and multiprocessor (CUDA C++ Programming Guide, throughput of native arithmetic instructions) at the
+    highest clock; None where the driver's bindings, which know the clock, are missing.
+    """
+    try:
+        from cuda.bindings import driver
+    except ImportError:
+        return None
+    clock = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_CLOCK_RATE
+    error, kilohertz = driver.cuDeviceGetAttribute(clock, torch.cuda.current_device())
+    if int(error) != 0:
+        return None
+    units = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+    return 16.0 * units * kilohertz * 1e3
+
+
 def matrix_products(
     shapes: Sequence[tuple[int, int, int]],
     dtype: torch.dtype,

@@ -23,7 +23,7 @@ _MULTIPLY_ADDS = 1 + 5 + 1 + 1 + 1
 def run(settings: Settings) -> Report:
     """Scans with skip, gate, dt bias and softplus, as a Mamba block uses them.
 
-    On the CPU the unit is nanoseconds per (time, channel) and core, on a GPU milliseconds.
+    On the CPU the unit is nanoseconds per (time, channel) and core, on a GPU milliseconds, without launches.
     """
     on_cpu = settings.device == "cpu"
     shapes = settings.shapes_of(AXES, (1, 2048, 1536, 16) if on_cpu else (8, 2048, 1536, 16))
@@ -73,16 +73,19 @@ def _measure(shape: tuple[int, ...], dtype: str, settings: Settings) -> list[Row
         return seconds * per_second
 
     wide = {name: tensor.double() for name, tensor in inputs.items()}
-    rows = []
-    for phase in ("forward", "forward and backward"):
-        backward = phase != "forward"
-        call = _call(*_ours("reference")(_leaves(wide, backward)), backward)
+    rows: list[Row] = []
+    truths: dict[str, tuple[Tensor, ...]] = {}
+    for phase in ("forward", *(() if settings.device == "cpu" else ("backward",)), "forward and backward"):
+        if phase == "forward" or "forward" in truths:
+            # Both backward phases end in the same gradients.
+            truths = {phase: _call(*_ours("reference")(_leaves(wide, phase != "forward")), phase)()}
+        (truth,) = truths.values()
         group = describe(shape, dtype, phase=phase).replace("phase ", "")
         contenders = [
-            Contender(name, kind, _preparation(build, inputs, backward)) for name, kind, build in _contestants(settings)
+            Contender(name, kind, _preparation(build, inputs, phase)) for name, kind, build in _contestants(settings)
         ]
-        rows += compare(group, contenders, call(), settings, dtype=DTYPES[dtype], to_value=to_value)
-        if not backward:
+        rows += compare(group, contenders, truth, settings, dtype=DTYPES[dtype], to_value=to_value, graphs=True)
+        if phase == "forward":
             rows += _floors(group, inputs, shape, settings, to_value)
     return rows
 
@@ -119,23 +122,24 @@ def _leaves(inputs: dict[str, Tensor], backward: bool) -> dict[str, Tensor]:
     return {name: tensor.detach().requires_grad_(backward) for name, tensor in inputs.items()}
 
 
-def _preparation(build: _Build, inputs: dict[str, Tensor], backward: bool) -> Callable[[], Call]:
-    return lambda: _call(*build(_leaves(inputs, backward)), backward)
+def _preparation(build: _Build, inputs: dict[str, Tensor], phase: str) -> Callable[[], Call]:
+    return lambda: _call(*build(_leaves(inputs, phase != "forward")), phase)
 
 
-def _call(scan: Callable[[], Tensor], leaves: list[Tensor], backward: bool) -> Call:
+def _call(scan: Callable[[], Tensor], leaves: list[Tensor], phase: str) -> Call:
     """The pass that is timed. Forward gives y; backward the gradients of A, D and dt_bias, whose layout all share."""
+    before = scan() if phase == "backward" else None
 
     def forward() -> tuple[Tensor, ...]:
         with torch.no_grad():
             return (scan(),)
 
-    def both() -> tuple[Tensor, ...]:
-        y = scan()
-        gradients = torch.autograd.grad(y, leaves, torch.ones_like(y))
-        return gradients[2], gradients[5], gradients[7]
+    def gradients() -> tuple[Tensor, ...]:
+        y = scan() if before is None else before
+        found = torch.autograd.grad(y, leaves, torch.ones_like(y), retain_graph=before is not None)
+        return found[2], found[5], found[7]
 
-    return both if backward else forward
+    return forward if phase == "forward" else gradients
 
 
 def _floors(
@@ -154,4 +158,8 @@ def _floors(
         seconds = work / floors.multiply_adds_per_second(settings.device)
         note = f"{_MULTIPLY_ADDS} multiply-adds a state, at the rate of a matrix product"
         rows.append(floor(group, "arithmetic", seconds, to_value, note))
+    if settings.device == "cuda" and (rate := floors.exponentials_per_second()) is not None:
+        # One for each decay, two for the softplus, two for the gate.
+        note = "a decay of every state, softplus and gate, at the rate of the special-function unit"
+        rows.append(floor(group, "exponentials", batch * length * channels * (state + 4) / rate, to_value, note))
     return rows

@@ -18,7 +18,8 @@ from longscan.models import LanguageModel
 
 AXES = "layers,d_model,vocabulary,batch,length"
 
-Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+#: Of a model's scores for tokens, targets, and the size of the vocabulary.
+Loss = Callable[[nn.Module, Tensor, Tensor, int], Tensor]
 
 
 def run(settings: Settings) -> Report:
@@ -53,7 +54,7 @@ def _measure(shape: tuple[int, ...], dtype: str, settings: Settings) -> list[Row
 
     def step(build: Callable[[LanguageModel], nn.Module], loss: Loss, precision: str = dtype) -> Callable[[], Call]:
         # A copy: whoever comes next starts from the same weights.
-        return lambda: _step(build(copy.deepcopy(model)).train(), loss, tokens, targets, precision)
+        return lambda: _step(build(copy.deepcopy(model)).train(), loss, tokens, targets, vocabulary, precision)
 
     truth = step(_itself, _loss("reference"), "float32")()()
     contenders = [Contender("longscan", "ours", step(_itself, _loss("auto")))]
@@ -77,18 +78,15 @@ def _itself(model: LanguageModel) -> nn.Module:
 
 
 def _loss(backend: str) -> Loss:
-    def loss(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
+    def loss(model: nn.Module, tokens: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
         assert isinstance(model, LanguageModel)
-        return model.loss(tokens, targets)
-
-    def with_backend(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
         with ops.backend(backend):
-            return loss(model, tokens, targets)
+            return model.loss(tokens, targets)
 
-    return with_backend
+    return loss
 
 
-def _step(model: nn.Module, loss: Loss, tokens: Tensor, targets: Tensor, dtype: str) -> Call:
+def _step(model: nn.Module, loss: Loss, tokens: Tensor, targets: Tensor, vocabulary: int, dtype: str) -> Call:
     """One step; gives the loss and the norm of the gradient, which the first pass is compared by."""
     model.requires_grad_()
     parameters = list(model.parameters())
@@ -97,7 +95,7 @@ def _step(model: nn.Module, loss: Loss, tokens: Tensor, targets: Tensor, dtype: 
     def call() -> tuple[Tensor, ...]:
         optimiser.zero_grad(set_to_none=True)
         with torch.autocast(tokens.device.type, DTYPES[dtype], enabled=dtype != "float32"):
-            value = loss(model, tokens, targets)
+            value = loss(model, tokens, targets, vocabulary)
         value.backward()
         norm = nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()

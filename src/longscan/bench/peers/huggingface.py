@@ -55,10 +55,10 @@ def language_model(model: LanguageModel) -> nn.Module:
     return peer.to(weight.device)
 
 
-def loss(peer: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of `targets` (already shifted), as our model computes it."""
+def loss(peer: nn.Module, tokens: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
+    """Mean cross-entropy of `targets` (already shifted), as our model computes it: without the padded vocabulary."""
     logits = peer(input_ids=tokens, use_cache=False).logits
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+    return F.cross_entropy(logits[..., :vocabulary].float().flatten(0, 1), targets.flatten())
 
 
 def prefill(peer: nn.Module, tokens: Tensor) -> tuple[Tensor, Any]:

@@ -71,9 +71,9 @@ def language_model(model: LanguageModel) -> nn.Module:
     return peer
 
 
-def loss(peer: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of `targets` (already shifted), as our model computes it."""
-    return F.cross_entropy(peer(tokens).logits.float().flatten(0, 1), targets.flatten())
+def loss(peer: nn.Module, tokens: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
+    """Mean cross-entropy of `targets` (already shifted), as our model computes it: without the padded vocabulary."""
+    return F.cross_entropy(peer(tokens).logits[..., :vocabulary].float().flatten(0, 1), targets.flatten())
 
 
 def prefill(peer: nn.Module, tokens: Tensor, max_length: int) -> tuple[Tensor, Any]:

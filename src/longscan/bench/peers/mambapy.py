@@ -66,10 +66,10 @@ def language_model(model: LanguageModel) -> nn.Module:
     return peer.to(device=weight.device, dtype=weight.dtype)
 
 
-def loss(peer: Any, tokens: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of `targets` (already shifted), as our model computes it."""
+def loss(peer: Any, tokens: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
+    """Mean cross-entropy of `targets` (already shifted), as our model computes it: without the padded vocabulary."""
     logits = peer.lm_head(peer.norm_f(peer.mamba(peer.embedding(tokens))))
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+    return F.cross_entropy(logits[..., :vocabulary].float().flatten(0, 1), targets.flatten())
 
 
 def prefill(peer: Any, tokens: Tensor) -> Tensor:
