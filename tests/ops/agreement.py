@@ -20,6 +20,9 @@ RUNS = [
     pytest.param("triton", "cuda", id="triton-gpu", marks=pytest.mark.gpu),
 ]
 
+#: The same for operators that have CUDA kernels.
+CUDA_RUNS = [*RUNS, pytest.param("cuda", "cuda", id="cuda-gpu", marks=pytest.mark.gpu)]
+
 
 def in_float64(inputs: Inputs) -> Inputs:
     """The same numbers in double precision on the CPU."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,7 +115,8 @@ def compare(
     for contender in contenders:
         settings.progress(f"{group}: {contender.name}")
         try:
-            found = _first_pass(group, contender, truth, settings, dtype, graphs and settings.device == "cuda")
+            with _capturable(graphs and settings.device == "cuda") as captures:
+                found = _first_pass(group, contender, truth, settings, dtype, captures)
         except Exception as error:  # a peer may break in any way; its row says how
             if isinstance(error, ImportError) and contender.kind == "peer":
                 continue
@@ -130,6 +132,20 @@ def compare(
         gc.collect()
     rows.update(_timed_rows(group, ready, settings, to_value))
     return [rows[contender.name] for contender in contenders if contender.name in rows]
+
+
+@contextmanager
+def _capturable(graphs: bool) -> Iterator[bool]:
+    """Work inside runs on a stream of its own: a backward pass runs where its forward pass did, and the default stream
+    cannot be captured."""
+    if not graphs:
+        yield False
+        return
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        yield True
+    torch.cuda.current_stream().wait_stream(side)
 
 
 def _timed_rows(

@@ -97,15 +97,13 @@ class Replays:
     """A call captured in a CUDA graph several times over: what is left to time is the work, not its launching."""
 
     def __init__(self, call: Callable[[], Any], seconds: float) -> None:
-        """`seconds`: about how long the call takes, of which a graph holds enough for 20 ms."""
+        """Captures on the current stream, which must not be the default one.
+
+        `seconds`: about how long the call takes, of which a graph holds enough for 20 ms.
+        """
         self.count = max(1, min(100, int(0.02 / max(seconds, 1e-6))))
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            call()
-        torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, stream=torch.cuda.current_stream()):
             for _ in range(self.count):
                 call()
 

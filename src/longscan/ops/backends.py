@@ -24,7 +24,7 @@ from longscan.errors import ArgumentError, BackendError
 #: The operators and the backends each of them has, slowest and surest last.
 OPERATORS: dict[str, tuple[str, ...]] = {
     "selective_scan": ("cpu", "cuda", "triton", "reference"),
-    "causal_conv1d": ("cpu", "triton", "reference"),
+    "causal_conv1d": ("cpu", "cuda", "triton", "reference"),
     "add_rms_norm": ("cpu", "triton", "reference"),
 }
 

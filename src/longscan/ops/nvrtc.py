@@ -24,6 +24,15 @@ from longscan.errors import BackendError
 Macros = tuple[tuple[str, int], ...]
 
 
+@cache
+def refuse_device(index: int) -> str | None:
+    """Why no kernel of this package runs on a GPU, in words; None when they do."""
+    if torch.version.hip is not None:
+        return "it serves NVIDIA GPUs"
+    major, minor = torch.cuda.get_device_capability(index)
+    return None if major >= 8 else f"it needs compute capability 8.0, this GPU has {major}.{minor}"
+
+
 def macros(values: Mapping[str, int | bool]) -> Macros:
     """Macros in a fixed order, so that equal ones are one kernel."""
     return tuple(sorted((name, int(value)) for name, value in values.items()))
@@ -40,7 +49,7 @@ def cache_folder() -> Path:
 def _sources(folder: Path) -> bytes:
     """Digest of every source a kernel of this folder may include."""
     digest = hashlib.sha256()
-    for path in sorted((*folder.glob("*.cu"), *folder.glob("*.cuh"))):
+    for path in sorted((*folder.glob("*.cu"), *folder.glob("*.cuh"), *folder.parent.glob("*.cuh"))):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.digest()
 
@@ -109,7 +118,8 @@ class Kernel:
         if self.shared > 48 * 1024:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _checked(driver.cuKernelSetAttribute(attribute, self.shared, self._kernel.handle, device))
-        self.registers: int = self._kernel.attributes.num_regs
+        # A kernel is always launched with the same number of threads.
+        self._configs: dict[int, Any] = {}
 
     def _shared_bytes(self, driver: Any, name: str) -> int:
         """Reads the constant `NAME_bytes` of the loaded code; 0 where there is none."""
@@ -122,27 +132,26 @@ class Kernel:
 
     def launch(self, grid: int, threads: int, arguments: Sequence[int]) -> None:
         """Launches on PyTorch's current stream. Arguments are 64-bit: addresses and integers."""
-        from cuda.core import LaunchConfig, launch
+        launch, configure, stream = _launcher()
+        config = self._configs.get(grid)
+        if config is None:
+            if len(self._configs) > 1000:  # as many lengths
+                self._configs.clear()
+            config = self._configs[grid] = configure(grid=grid, block=threads, shmem_size=self.shared)
+        launch(stream(torch.cuda.current_stream().cuda_stream), config, self._kernel, *arguments)
 
-        launch(
-            _stream(torch.cuda.current_stream().cuda_stream),
-            LaunchConfig(grid=grid, block=threads, shmem_size=self.shared),
-            self._kernel,
-            *arguments,
-        )
+
+@cache
+def _launcher() -> tuple[Any, Any, Any]:
+    from cuda.core import LaunchConfig, Stream, launch
+
+    return launch, LaunchConfig, cache(Stream.from_handle)
 
 
 @cache
 def kernel(source: Path, name: str, options: Macros, device: int) -> Kernel:
     """The kernel `name` of `source`, compiled and loaded once."""
     return Kernel(source, name, options, device)
-
-
-@cache
-def _stream(handle: int) -> Any:
-    from cuda.core import Stream
-
-    return Stream.from_handle(handle)
 
 
 def _checked(result: Any) -> None:

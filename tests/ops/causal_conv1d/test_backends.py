@@ -9,7 +9,7 @@ import torch
 
 from longscan.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from longscan.ops.causal_conv1d.cases import CASES, NAMES, ConvCase, make_inputs
-from tests.ops.agreement import RUNS, TOLERANCE, assert_close, in_float64, outputs_and_gradients
+from tests.ops.agreement import CUDA_RUNS, TOLERANCE, assert_close, in_float64, outputs_and_gradients
 
 CASE = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 DTYPE = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=lambda dtype: str(dtype).split(".")[1])
@@ -20,7 +20,7 @@ def convolve(case: ConvCase, backend: str):
     return partial(causal_conv1d, activation=activation, return_final_state=True, backend=backend)
 
 
-@pytest.mark.parametrize(("backend", "device"), RUNS)
+@pytest.mark.parametrize(("backend", "device"), CUDA_RUNS)
 @DTYPE
 @CASE
 def test_agrees_with_the_float64_definition(case: ConvCase, dtype: torch.dtype, backend: str, device: str) -> None:
@@ -56,7 +56,7 @@ def test_gradcheck_of_the_definition() -> None:
     assert torch.autograd.gradcheck(convolve(CASES[0], "reference"), leaves)
 
 
-@pytest.mark.parametrize(("backend", "device"), RUNS)
+@pytest.mark.parametrize(("backend", "device"), CUDA_RUNS)
 @pytest.mark.parametrize("name", ["mamba", "plain", "width-1", "width-2", "width-7", "initial-state"])
 def test_a_step_is_a_convolution_of_length_one(name: str, backend: str, device: str) -> None:
     case = next(case for case in CASES if case.name == name)
@@ -76,7 +76,7 @@ def test_a_step_is_a_convolution_of_length_one(name: str, backend: str, device: 
     assert torch.equal(state, final)
 
 
-@pytest.mark.parametrize(("backend", "device"), RUNS)
+@pytest.mark.parametrize(("backend", "device"), CUDA_RUNS)
 def test_strided_inputs_give_the_same(backend: str, device: str) -> None:
     inputs = make_inputs(CASES[0], device, torch.float32)
     straight = outputs_and_gradients(convolve(CASES[0], backend), inputs, NAMES)
@@ -91,7 +91,7 @@ def test_strided_inputs_give_the_same(backend: str, device: str) -> None:
         assert_close(outputs_and_gradients(way, inputs, NAMES), straight, 1e-6)
 
 
-@pytest.mark.parametrize(("backend", "device"), RUNS)
+@pytest.mark.parametrize(("backend", "device"), CUDA_RUNS)
 def test_backward_is_bit_for_bit_repeatable(backend: str, device: str) -> None:
     for case in (CASES[0], CASES[-1]):
         inputs = make_inputs(case, device, torch.float32)
@@ -101,7 +101,7 @@ def test_backward_is_bit_for_bit_repeatable(backend: str, device: str) -> None:
             assert torch.equal(value, again[key]), key
 
 
-@pytest.mark.parametrize(("backend", "device"), RUNS)
+@pytest.mark.parametrize(("backend", "device"), CUDA_RUNS)
 def test_the_filter_does_not_reach_over_a_border(backend: str, device: str) -> None:
     case = ConvCase("packed", lengths=(6, 5, 4), initial=True)
     inputs = make_inputs(case, device, torch.float32)

@@ -9,11 +9,7 @@ import torch
 
 from longscan.ops.selective_scan import selective_scan, selective_state_update
 from longscan.ops.selective_scan.cases import CASES, NAMES, ScanCase, make_inputs
-from tests.ops.agreement import RUNS as COMMON_RUNS
-from tests.ops.agreement import TOLERANCE, assert_close, in_float64, outputs_and_gradients
-
-CUDA = pytest.param("cuda", "cuda", id="cuda-gpu", marks=pytest.mark.gpu)
-RUNS = [*COMMON_RUNS, CUDA]
+from tests.ops.agreement import CUDA_RUNS, RUNS, TOLERANCE, assert_close, in_float64, outputs_and_gradients
 
 CASE = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 DTYPE = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=lambda dtype: str(dtype).split(".")[1])
@@ -23,7 +19,7 @@ def scan(case: ScanCase, backend: str):
     return partial(selective_scan, dt_softplus=case.softplus, return_final_state=True, backend=backend)
 
 
-@pytest.mark.parametrize(("backend", "device"), COMMON_RUNS)
+@pytest.mark.parametrize(("backend", "device"), RUNS)
 @DTYPE
 @CASE
 def test_agrees_with_the_float64_definition(case: ScanCase, dtype: torch.dtype, backend: str, device: str) -> None:
@@ -78,7 +74,7 @@ def test_gradcheck_of_the_definition() -> None:
         assert torch.autograd.gradcheck(function, leaves)
 
 
-@pytest.mark.parametrize(("backend", "device"), RUNS)
+@pytest.mark.parametrize(("backend", "device"), CUDA_RUNS)
 @pytest.mark.parametrize("name", ["mamba", "odd-channels", "groups-2", "complex-initial", "constant-b-c", "state-5"])
 def test_a_step_is_a_scan_of_length_one(name: str, backend: str, device: str) -> None:
     case = next(case for case in CASES if case.name == name)
@@ -106,7 +102,7 @@ def test_a_step_is_a_scan_of_length_one(name: str, backend: str, device: str) ->
     assert_close({"state": state}, {"state": final}, 1e-5)
 
 
-@pytest.mark.parametrize(("backend", "device"), RUNS)
+@pytest.mark.parametrize(("backend", "device"), CUDA_RUNS)
 def test_a_step_carries_gradients(backend: str, device: str) -> None:
     case = ScanCase("step", length=1, initial=True)
     inputs = make_inputs(case, device, torch.float32)
@@ -126,7 +122,7 @@ def test_a_step_carries_gradients(backend: str, device: str) -> None:
     assert_close(ours, truth, TOLERANCE[torch.float32])
 
 
-@pytest.mark.parametrize(("backend", "device"), RUNS)
+@pytest.mark.parametrize(("backend", "device"), CUDA_RUNS)
 @pytest.mark.parametrize("name", ["mamba", "packed-states", "complex-groups"])
 def test_strided_inputs_give_the_same(name: str, backend: str, device: str) -> None:
     """Halves of one projection, transposed layouts and expanded tensors, as blocks and other packages pass them."""
@@ -149,7 +145,7 @@ def test_strided_inputs_give_the_same(name: str, backend: str, device: str) -> N
     assert_close(outputs_and_gradients(strided, inputs, NAMES), straight, 1e-6)
 
 
-@pytest.mark.parametrize(("backend", "device"), RUNS)
+@pytest.mark.parametrize(("backend", "device"), CUDA_RUNS)
 @pytest.mark.parametrize("name", ["mamba", "packed-states", "complex-groups", "constant-b-c", "long"])
 def test_backward_is_bit_for_bit_repeatable(name: str, backend: str, device: str) -> None:
     case = next(case for case in CASES if case.name == name)
@@ -160,7 +156,7 @@ def test_backward_is_bit_for_bit_repeatable(name: str, backend: str, device: str
         assert torch.equal(value, again[key]), key
 
 
-@pytest.mark.parametrize(("backend", "device"), RUNS)
+@pytest.mark.parametrize(("backend", "device"), CUDA_RUNS)
 def test_no_state_leaks_over_a_border(backend: str, device: str) -> None:
     """Not even NaN: what one packed sequence holds cannot reach another's output, state or gradient."""
     case = ScanCase("packed", lengths=(66, 5, 40), initial=True)
@@ -176,7 +172,7 @@ def test_no_state_leaks_over_a_border(backend: str, device: str) -> None:
     assert y[0, 66:71].isnan().all()
 
 
-@pytest.mark.parametrize(("backend", "device"), RUNS)
+@pytest.mark.parametrize(("backend", "device"), CUDA_RUNS)
 def test_large_steps_and_values_stay_finite(backend: str, device: str) -> None:
     inputs = make_inputs(ScanCase("mamba"), device, torch.float32)
     inputs["dt"] = inputs["dt"] * 60

@@ -6,11 +6,10 @@ compiled when they are first needed (`longscan.ops.nvrtc`).
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
+from longscan.ops import nvrtc
 from longscan.ops.selective_scan.cuda_call import FORMATS, Call, addresses, rows, steps
 from longscan.ops.selective_scan.cuda_plan import Split, backward_split, forward_split
 
@@ -48,15 +47,7 @@ def unsupported(
     if A.shape[1] > most:
         kind = "complex" if A.is_complex() else "real"
         return f"it serves up to {most} {kind} states per channel, not {A.shape[1]}"
-    return _refuse_device(x.device.index or 0)
-
-
-@cache
-def _refuse_device(index: int) -> str | None:
-    if torch.version.hip is not None:
-        return "it serves NVIDIA GPUs"
-    major, minor = torch.cuda.get_device_capability(index)
-    return None if major >= 8 else f"it needs compute capability 8.0, this GPU has {major}.{minor}"
+    return nvrtc.refuse_device(x.device.index or 0)
 
 
 def chunk_length(state: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -66,6 +66,11 @@ def _is_aligned(tensor: Tensor) -> bool:
     )
 
 
+@cache
+def _kernel(source: str, name: str, options: tuple[tuple[str, int], ...], device: int) -> nvrtc.Kernel:
+    return nvrtc.kernel(_FOLDER / source, name, nvrtc.macros(dict(options)), device)
+
+
 @dataclass(frozen=True)
 class Call:
     """The arguments of a scan, as its kernels read them."""
@@ -110,50 +115,50 @@ class Call:
             dt_softplus,
         )
 
-    @property
+    @cached_property
     def device(self) -> int:
         return self.x.device.index or 0
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         return self.x.shape[0] * self.x.shape[1]
 
-    @property
+    @cached_property
     def channels(self) -> int:
         return self.x.shape[2]
 
-    @property
+    @cached_property
     def states(self) -> int:
         return self.A.shape[1]
 
-    @property
+    @cached_property
     def planes(self) -> int:
         """Real numbers of a number of the state."""
         return 2 if self.A.is_complex() else 1
 
-    @property
+    @cached_property
     def sequences(self) -> int:
         return self.x.shape[0] if self.offsets is None else self.offsets.shape[0] - 1
 
-    @property
+    @cached_property
     def b_groups(self) -> int:
         return self.B.shape[2] if self.B.dim() == 4 else 1
 
-    @property
+    @cached_property
     def c_groups(self) -> int:
         return self.C.shape[2] if self.C.dim() == 4 else 1
 
-    @property
+    @cached_property
     def groups(self) -> int:
         """Groups of channels that share both their B and their C."""
         return math.lcm(self.b_groups, self.c_groups)
 
-    @property
+    @cached_property
     def size(self) -> tuple[int, int, int, int, int]:
         """What a plan is made from."""
         return self.sequences, self.tokens, self.channels, self.states * self.planes, multiprocessors(self.device)
 
-    @property
+    @cached_property
     def strides(self) -> tuple[int, ...]:
         """Of B and C."""
         return *_coefficient_strides(self.B), *_coefficient_strides(self.C)
@@ -197,7 +202,7 @@ class Call:
         }
 
     def kernel(self, source: str, name: str, options: dict[str, int]) -> nvrtc.Kernel:
-        return nvrtc.kernel(_FOLDER / source, name, nvrtc.macros(options), self.device)
+        return _kernel(source, name, tuple(options.items()), self.device)
 
     def new_states(self, count: int) -> Tensor:
         """Room for the states of `count` pieces."""

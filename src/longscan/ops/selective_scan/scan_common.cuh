@@ -1,19 +1,14 @@
-// What the CUDA kernels of the selective scan share: number formats, pointwise functions, tiles in shared memory, and how
-// packed and batched sequences are numbered (as in longscan/ops/triton_utils.py).
+// What the CUDA kernels of the selective scan share: tiles in shared memory, states, sums over lanes.
 //
 // Everything is compiled for one configuration, given by macros:
-//   FORMAT      of activations: 0 float32, 1 bfloat16, 2 float16
+//   FORMAT, PACKED   see cuda_common.cuh
 //   LANES       neighbouring lanes that share a channel, a power of two; STATES of them in each lane
 //   COMPLEX     complex A, B, C and states
 //   B_STEP, C_STEP   B and C per time step (else constant in time)
-//   HAS_Z, SOFTPLUS, PACKED, ALIGNED (16-byte accesses are possible), WHOLE (LANES x STATES is the number of states)
+//   HAS_Z, SOFTPLUS, ALIGNED (16-byte accesses are possible), WHOLE (LANES x STATES is the number of states)
 #pragma once
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef long long i64;
-
-#define DEVICE __device__ __forceinline__
+#include "../cuda_common.cuh"
 
 constexpr int PLANES = COMPLEX ? 2 : 1;
 // Channels of a warp. Lane = part * CHANNELS + channel, where a part is LANES-th of a channel's states.
@@ -22,152 +17,6 @@ constexpr int CHANNELS = 32 / LANES;
 constexpr int WIDTH = LANES * STATES;
 // Real numbers of a lane's states.
 constexpr int NUMBERS = STATES * PLANES;
-constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
-constexpr u32 ALL = 0xffffffffu;
-
-// ---- Numbers ----
-
-#if FORMAT == 0
-typedef float number;
-#else
-typedef u16 number;
-#endif
-
-// Activations in 16 bytes.
-constexpr int VECTOR = 16 / sizeof(number);
-
-DEVICE float widen(number bits) {
-#if FORMAT == 0
-    return bits;
-#elif FORMAT == 1
-    return __uint_as_float((u32)bits << 16);
-#else
-    float out;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(bits));
-    return out;
-#endif
-}
-
-DEVICE number narrow(float value) {
-#if FORMAT == 0
-    return value;
-#elif FORMAT == 1
-    u16 out;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out) : "f"(value));
-    return out;
-#else
-    u16 out;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out) : "f"(value));
-    return out;
-#endif
-}
-
-// Two neighbouring activations: what the work that is done once per channel and step moves at a time.
-DEVICE float2 widen_pair(const number* at) {
-#if FORMAT == 0
-    return *(const float2*)at;
-#else
-    u32 both = *(const u32*)at;
-#if FORMAT == 1
-    return make_float2(__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000u));
-#else
-    return make_float2(widen((u16)both), widen((u16)(both >> 16)));
-#endif
-#endif
-}
-
-// Stores under a predicate. Written as an `if`, they would be jumps, over which the compiler moves nothing.
-DEVICE void store_if(bool condition, number* at, float value) {
-#if FORMAT == 0
-    asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %0, 0;\n@p st.global.f32 [%1], %2;\n}" ::"r"((int)condition), "l"(at), "f"(value));
-#else
-    asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %0, 0;\n@p st.global.b16 [%1], %2;\n}" ::"r"((int)condition), "l"(at), "h"(narrow(value)));
-#endif
-}
-
-DEVICE void store_pair_if(bool condition, number* at, float2 value) {
-#if FORMAT == 0
-    asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %0, 0;\n@p st.global.v2.f32 [%1], {%2, %3};\n}" ::"r"((int)condition), "l"(at), "f"(value.x), "f"(value.y));
-#else
-    u32 both;
-#if FORMAT == 1
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(value.y), "f"(value.x));
-#else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(value.y), "f"(value.x));
-#endif
-    asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %0, 0;\n@p st.global.b32 [%1], %2;\n}" ::"r"((int)condition), "l"(at), "r"(both));
-#endif
-}
-
-// One or two neighbouring channels, as pairs; what is missing is zero.
-template <int COUNT>
-DEVICE float2 load_pair(const number* at) {
-    if constexpr (COUNT == 2)
-        return widen_pair(at);
-    else
-        return make_float2(widen(*at), 0.f);
-}
-
-template <int COUNT>
-DEVICE float2 get_pair(const float* at) {
-    if constexpr (COUNT == 2)
-        return *(const float2*)at;
-    else
-        return make_float2(*at, 0.f);
-}
-
-template <int COUNT>
-DEVICE void put_pair(float* at, float2 value) {
-    if constexpr (COUNT == 2)
-        *(float2*)at = value;
-    else
-        *at = value.x;
-}
-
-// ---- Functions ----
-
-DEVICE float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-DEVICE float log2_fast(float x) {
-    float y;
-    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-DEVICE float reciprocal(float x) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-// log(1 + exp(x)), linear above 20. The fast logarithm loses small steps, which Mamba starts from: they are summed up.
-DEVICE float softplus(float x) {
-    float e = exp2_fast(x * LOG2E);
-#if FORMAT == 0
-    // log1p(e) = 2 atanh(e / (2 + e)), whose argument is at most 1/3 for e up to 1; larger ones are mirrored.
-    float f = x > 0.f ? reciprocal(e) : e;
-    float s = f / (2.f + f), q = s * s;
-    float tail = 1.f / 15.f;
-    tail = fmaf(tail, q, 1.f / 13.f);
-    tail = fmaf(tail, q, 1.f / 11.f);
-    tail = fmaf(tail, q, 1.f / 9.f);
-    tail = fmaf(tail, q, 1.f / 7.f);
-    tail = fmaf(tail, q, 1.f / 5.f);
-    tail = fmaf(tail, q, 1.f / 3.f);
-    float log1p = 2.f * s * fmaf(q, tail, 1.f);
-    float sum = fmaxf(x, 0.f) + log1p;
-#else
-    float series = e * fmaf(e, fmaf(e, 0.33333333f, -0.5f), 1.f);
-    float sum = e < 0.04f ? series : LN2 * log2_fast(1.f + e);
-#endif
-    return x > 20.f ? x : sum;
-}
-
-DEVICE float sigmoid(float x) { return reciprocal(1.f + exp2_fast(-x * LOG2E)); }
 
 // ---- Sums over the lanes that share a channel ----
 
@@ -239,42 +88,6 @@ struct Copier {
         }
     }
 };
-
-// ---- Sequences ----
-
-struct Sequence {
-    i64 begin;  // its first token, rows laid end to end
-    i64 first;  // its first step inside its row
-    i64 count;  // its steps
-};
-
-DEVICE Sequence sequence_bounds(const i64* offsets, i64 sequence, i64 length) {
-    Sequence out;
-    if (PACKED) {
-        out.begin = offsets[sequence];
-        out.first = out.begin;
-        out.count = offsets[sequence + 1] - out.begin;
-    } else {
-        out.begin = sequence * length;
-        out.first = 0;
-        out.count = length;
-    }
-    return out;
-}
-
-// The sequence that owns a piece of `size` steps: the last one whose first piece does not come after it.
-DEVICE i64 sequence_of_piece(i64 piece, const i64* offsets, i64 sequences, i64 length, i64 size) {
-    i64 low = 0, high = sequences - 1;
-    while (low < high) {
-        i64 middle = (low + high + 1) / 2;
-        i64 begin = PACKED ? offsets[middle] : middle * length;
-        if (begin / size + middle <= piece)
-            low = middle;
-        else
-            high = middle - 1;
-    }
-    return low;
-}
 
 // ---- Complex or real numbers: one state of a channel ----
 
