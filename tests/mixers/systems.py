@@ -14,6 +14,7 @@ D_MODEL = 8
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("mamba", {"d_state": 4}),
     "mamba-complex": ("mamba", {"d_state": 4, "a_init": "s4d-lin", "d_conv": 3}),
+    "mamba-normed": ("mamba", {"d_state": 4, "selection_norm_eps": 1e-6}),
     "mamba-plain": ("mamba", {"d_state": 1, "d_conv": 1, "expand": 1, "dt_rank": 2, "conv_bias": False, "bias": True}),
     "s4d": ("s4d", {"d_state": 4}),
     "s4d-legs-bilinear": ("s4d", {"d_state": 6, "a_init": "s4d-legs", "discretisation": "bilinear", "glu": False}),

@@ -102,7 +102,7 @@ def compare(
 ) -> list[Row]:
     """Builds each contender, compares its first pass with `truth`, then times those that are right.
 
-    On the CPU they take turns, pass by pass, so that a slow moment of the machine meets them all. On a GPU, whose
+    On the CPU they take turns, so that a slow stretch of the machine meets them all. On a GPU, whose
     memory may not hold them all, each is timed before the next one is built. One that is not installed is left out; one
     that fails or gives other numbers gets a row that says so.
 

@@ -60,6 +60,10 @@ def measure(
     return timing
 
 
+#: Turns that every call gets when several are timed together.
+_TURNS = 3
+
+
 def measure_in_turn(
     calls: Sequence[Callable[[], Any]],
     device: torch.device | str = "cpu",
@@ -68,29 +72,27 @@ def measure_in_turn(
     budget: float = 10.0,
     firsts: Sequence[float | None],
 ) -> list[Timing]:
-    """Times several calls in rounds, one pass of each after the other, so that a slow moment meets them all.
+    """Times several calls in three rounds, so that a slow stretch of the machine meets them all.
+
+    A turn of a call quicker than a second begins with a pass that is not timed: caches and allocators have to get used
+    to the call again.
 
     Args:
         calls, firsts: what :func:`measure` takes, one of each per contender.
         device, repeats, budget: as there; the budget is each call's own.
     """
-    timings: dict[int, Timing] = {}
-    samples: dict[int, list[float]] = {}
-    for i, (call, first) in enumerate(zip(calls, firsts, strict=True)):
-        first = timed(call, device) if first is None else first
-        if first > budget:
-            timings[i] = Timing.of([first])
-        else:
-            timed(call, device)
-            samples[i] = []
-    open_ = set(samples)
-    while open_:
-        for i in sorted(open_):
-            samples[i].append(timed(calls[i], device))
-            if len(samples[i]) >= repeats or sum(samples[i]) >= budget:
-                open_.remove(i)
-    timings.update({i: Timing.of(seconds) for i, seconds in samples.items()})
-    return [timings[i] for i in range(len(calls))]
+    passes = [timed(call, device) if first is None else first for call, first in zip(calls, firsts, strict=True)]
+    samples: list[list[float]] = [[seconds] if seconds > budget else [] for seconds in passes]
+    open_ = [i for i, seconds in enumerate(passes) if seconds <= budget]
+    for turn in range(1, _TURNS + 1):
+        for i in open_:
+            # Samples and seconds that may be there when this turn ends.
+            most, until = -(-max(repeats, 1) * turn // _TURNS), budget * turn / _TURNS
+            if passes[i] < 1:
+                timed(calls[i], device)
+            while len(samples[i]) < most and (not samples[i] or sum(samples[i]) < until):
+                samples[i].append(timed(calls[i], device))
+    return [Timing.of(seconds) for seconds in samples]
 
 
 class Replays:

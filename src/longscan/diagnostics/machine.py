@@ -33,7 +33,7 @@ PACKAGES = (
 def describe_machine() -> dict[str, Any]:
     """CPU model, vector features, usable cores, threads, memory (bytes), GPUs and operating system."""
     return {
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "system": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_name(),
         "cpu_features": torch.backends.cpu.get_cpu_capability(),
         "cores": usable_cores(),

@@ -54,6 +54,8 @@ class Mamba(SequenceMixer):
         a_init: where A starts (the paper's table 8): "s4d-real" -(n + 1), "constant" -1/2, "random" -exp(N(0, 1)), or
             the complex "s4d-lin" -1/2 + n i. With a complex A the projections of B and C give the real and the
             imaginary part of each state side by side (n = 0 real, n = 0 imaginary, n = 1 real, ...).
+        selection_norm_eps: with a number, r, B and C each pass an RMS norm without weights, of this epsilon, as in
+            Falcon Mamba (Zuo et al. 2024, arXiv 2410.05355).
 
     Attributes:
         A_log, D and the bias of ``dt_proj`` stay float32 when the module is converted to bfloat16 or float16.
@@ -75,6 +77,7 @@ class Mamba(SequenceMixer):
         conv_bias: bool = True,
         bias: bool = False,
         a_init: str = "s4d-real",
+        selection_norm_eps: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -88,6 +91,9 @@ class Mamba(SequenceMixer):
                 f"d_model, d_state, d_conv and expand * d_model must be at least 1; got d_model {d_model}, "
                 f"d_state {d_state}, d_conv {d_conv}, expand {expand}"
             )
+        if selection_norm_eps is not None and not selection_norm_eps > 0:
+            raise ArgumentError(f"selection_norm_eps must be a positive number or None, got {selection_norm_eps!r}")
+        self.selection_norm_eps = selection_norm_eps
         self.is_complex = a_init == "s4d-lin"
         if self.is_complex and d_state % 2:
             raise ArgumentError(f"d_state must be even for a complex A (a_init {a_init!r}), got {d_state}")
@@ -192,6 +198,8 @@ class Mamba(SequenceMixer):
     def _select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The selection: dt before its bias and softplus (..., d_inner), B and C (..., N)."""
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        if self.selection_norm_eps is not None:
+            dt, B, C = (_rms_norm(part, self.selection_norm_eps) for part in (dt, B, C))
         dt = F.linear(dt, self.dt_proj.weight)
         if self.is_complex:
             B, C = self._as_complex(B), self._as_complex(C)
@@ -217,3 +225,9 @@ class Mamba(SequenceMixer):
     def extra_repr(self) -> str:
         kind = "complex" if self.is_complex else "real"
         return f"{self.d_model}, d_state={self.d_state} ({kind}), d_conv={self.d_conv}, d_inner={self.d_inner}"
+
+
+def _rms_norm(x: Tensor, eps: float) -> Tensor:
+    """Without weights; squares are summed in float32 at least."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return F.rms_norm(wide, wide.shape[-1:], eps=eps).to(x.dtype)

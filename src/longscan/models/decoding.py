@@ -76,8 +76,8 @@ def _weights(block: Block) -> MambaStepWeights:
     from longscan.ops.mamba_step import MambaStepWeights
 
     mixer = block.mixer
-    if not isinstance(mixer, Mamba) or mixer.is_complex:
-        raise BackendError(f"the compiled step serves Mamba with a real A, this layer is {mixer}")
+    if not isinstance(mixer, Mamba) or mixer.is_complex or mixer.selection_norm_eps is not None:
+        raise BackendError(f"the compiled step serves Mamba with a real A and no inner norms, this layer is {mixer}")
     if block.mlp is not None:
         raise BackendError("the compiled step serves blocks without an MLP")
     return MambaStepWeights(

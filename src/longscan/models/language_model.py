@@ -166,21 +166,39 @@ class LanguageModel(nn.Module):
         """
         return Generation(self, prompts, max_new_tokens, keep_tokens=False, **options)
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
-        """Write ``config.json`` and ``model.safetensors``; a write that fails leaves the old files untouched."""
-        return save_pretrained(self, folder)
+    def save_pretrained(self, folder: str | os.PathLike[str], format: str = "longscan") -> Path:
+        """Write ``config.json`` and the weights; a write that fails leaves the old files untouched.
+
+        Args:
+            folder: made if it is not there.
+            format: "longscan"; "mamba-ssm", the released models' layout; or "transformers", which
+                ``MambaForCausalLM`` reads (and vLLM, and llama.cpp's converter).
+
+        Raises:
+            ConfigError: the format cannot say what the model is (other mixers, a complex A).
+            StorageError: a file could not be written.
+        """
+        return save_pretrained(self, folder, format)
 
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | os.PathLike[str],
+        source: str | os.PathLike[str],
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        revision: str | None = None,
     ) -> LanguageModel:
-        """Read what :meth:`save_pretrained` wrote.
+        """Read a saved model: ours, one of mamba-ssm (``state-spaces/mamba-130m``), or Transformers' Mamba or Falcon
+        Mamba.
+
+        Args:
+            source: a folder, or the name of a repository on the Hugging Face Hub (with the extra ``hub``).
+            device: where the parameters go. Until they are there, weights are mapped from the file, not copied.
+            dtype: of the parameters; those that a mixer needs in float32 stay so.
+            revision: of the repository.
 
         Raises:
             CheckpointError: a file is missing, damaged or truncated, or the weights do not fit the configuration.
         """
-        return load_pretrained(cls, folder, device=device, dtype=dtype)
+        return load_pretrained(cls, source, device=device, dtype=dtype, revision=revision)

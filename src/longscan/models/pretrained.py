@@ -1,9 +1,10 @@
-"""Models as folders: ``config.json`` and ``model.safetensors``, written whole or not at all."""
+"""Models as folders, written whole or not at all: ours, and those of mamba-ssm and Transformers (:mod:`formats`)."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,68 +12,136 @@ import torch
 from torch import Tensor, nn
 
 from longscan.errors import CheckpointError, ConfigError
+from longscan.models import formats
 from longscan.models.config import LanguageModelConfig
-from longscan.nn.storage import load_tensors, save_tensors, write_text
+from longscan.nn.storage import load_pickled, load_tensors, save_pickled, save_tensors, write_text
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+PICKLED_FILE = "pytorch_model.bin"
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def save_pretrained(model: Any, folder: str | os.PathLike[str]) -> Path:
-    """Write the configuration and the weights of a model.
+def save_pretrained(model: Any, folder: str | os.PathLike[str], kind: str = "longscan") -> Path:
+    """Write the configuration and the weights of a model in one of :data:`formats.FORMATS`.
 
     Raises:
+        ConfigError: the format cannot say what the model is.
         StorageError: a file could not be written; what was there before is untouched.
     """
     folder = Path(folder)
-    tensors = dict(model.state_dict())
-    if model.config.tie_embeddings:
-        del tensors["lm_head.weight"]
-    save_tensors(folder / WEIGHTS_FILE, tensors, {"format": "pt"})
-    write_text(folder / CONFIG_FILE, model.config.to_json())
+    values = formats.write_config(model.config, kind)
+    tensors = formats.rename(model.state_dict(), kind, out=True)
+    if kind == "mamba-ssm":
+        save_pickled(folder / PICKLED_FILE, tensors)
+    else:
+        if model.config.tie_embeddings:
+            del tensors["lm_head.weight"]
+        save_tensors(folder / WEIGHTS_FILE, tensors, {"format": "pt"})
+    write_text(folder / CONFIG_FILE, json.dumps(values, indent=2) + "\n")
     return folder
 
 
 def load_pretrained(
     kind: type[M],
-    folder: str | os.PathLike[str],
+    source: str | os.PathLike[str],
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    revision: str | None = None,
 ) -> M:
     """Build the model a folder describes, on the meta device, and give it the weights.
 
     Raises:
         CheckpointError: a file is missing, damaged or truncated, or the weights do not fit the configuration.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder}: no such folder; a saved model is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
-        )
-    config = load_config(folder)
+    folder = find_folder(source, revision)
+    values = _read_json(folder / CONFIG_FILE)
+    config = _config_of(values, folder / CONFIG_FILE)
     with torch.device("meta"):
         model = kind(config)
-    tensors, _ = load_tensors(folder / WEIGHTS_FILE, device)
-    load_weights(model, tensors, folder / WEIGHTS_FILE)
+    tensors, path = _read_weights(folder, device)
+    load_weights(model, formats.rename(tensors, formats.recognise(values), out=False), path)
     return model if dtype is None else model.to(dtype)
+
+
+def find_folder(source: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """The folder itself, or, for the name of a repository on the Hugging Face Hub, its copy here (downloaded once).
+
+    Raises:
+        CheckpointError: there is no such folder, and no such repository within reach.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        raise CheckpointError(
+            f"{source}: no such folder; a saved model is a folder with {CONFIG_FILE} and weights, or the name of a "
+            "repository on the Hugging Face Hub, such as state-spaces/mamba-130m"
+        )
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise CheckpointError(
+            f"{source}: no such folder; to look on the Hugging Face Hub, install longscan[hub]"
+        ) from None
+    try:
+        found = Path(snapshot_download(str(source), revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+        if not list(found.glob("*.safetensors")):
+            found = Path(snapshot_download(str(source), revision=revision, allow_patterns=["*.json", "*.bin"]))
+    except Exception as error:  # of the network, the hub or its client, of many kinds
+        raise CheckpointError(f"{source}: no such folder, and the Hugging Face Hub gives none: {error}") from error
+    return found
 
 
 def load_config(folder: Path) -> LanguageModelConfig:
     """Read the configuration of a saved model."""
     path = folder / CONFIG_FILE
+    return _config_of(_read_json(path), path)
+
+
+def _config_of(values: dict[str, Any], path: Path) -> LanguageModelConfig:
+    try:
+        return formats.read_config(values)
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        # The configuration of a training run holds its model's beside other things.
-        if isinstance(values, dict) and isinstance(values.get("model"), dict):
-            values = values["model"]
-        return LanguageModelConfig.from_dict(values)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
-    except (ConfigError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise CheckpointError(f"{path}: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: holds a {type(values).__name__}, expected a mapping of names to values")
+    # The configuration of a training run holds its model's beside other things.
+    return values["model"] if isinstance(values.get("model"), dict) else values
+
+
+def _read_weights(folder: Path, device: torch.device | str | None) -> tuple[dict[str, Tensor], Path]:
+    """All tensors of a folder, whole or in shards, and the file that names them."""
+    for name, load in ((WEIGHTS_FILE, _load_tensors), (PICKLED_FILE, load_pickled)):
+        if (folder / name).is_file():
+            return load(folder / name, device), folder / name
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            shards = _read_json(index).get("weight_map")
+            if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+                raise CheckpointError(f"{index}: has no weight_map of names to files")
+            tensors: dict[str, Tensor] = {}
+            for shard in sorted(set(shards.values())):
+                if Path(shard).name != shard:
+                    raise CheckpointError(f"{index}: names {shard!r}, which is not a file of its folder")
+                tensors.update(load(folder / shard, device))
+            return tensors, index
+    raise CheckpointError(f"{folder}: no weights; expected {WEIGHTS_FILE} or {PICKLED_FILE}, or an index of shards")
+
+
+def _load_tensors(path: Path, device: torch.device | str | None) -> dict[str, Tensor]:
+    return load_tensors(path, device)[0]
 
 
 def load_weights(model: Any, tensors: dict[str, Tensor], source: str | os.PathLike[str]) -> None:
@@ -100,6 +169,10 @@ def load_weights(model: Any, tensors: dict[str, Tensor], source: str | os.PathLi
     if faults:
         raise CheckpointError(f"{source} does not fit the model's configuration; {'; '.join(faults)}")
     marks = {name: dict(vars(parameter)) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    for name, mark in marks.items():
+        # Others save all weights in one dtype.
+        if mark.get("_keep_float32") and tensors[name].dtype in (torch.bfloat16, torch.float16):
+            tensors[name] = tensors[name].float()
     model.load_state_dict(tensors, assign=True)
     model.tie_weights()
     # Assigning makes new parameters, without the marks (no weight decay, float32) of the old ones.

@@ -102,6 +102,41 @@ def load_tensors(
     return tensors, metadata
 
 
+def save_pickled(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> Path:
+    """Write named tensors as ``torch.save`` does, atomically: for packages that read nothing else.
+
+    Raises:
+        StorageError: the file could not be written.
+    """
+    stored = {name: tensor.detach().to("cpu") for name, tensor in tensors.items()}
+
+    def write(temporary: Path) -> None:
+        try:
+            torch.save(stored, temporary)
+        except RuntimeError as error:  # of its zip writer, also where a disk is full
+            raise OSError(str(error)) from error
+
+    return write_atomically(path, write)
+
+
+def load_pickled(path: str | os.PathLike[str], device: torch.device | str | None = None) -> dict[str, Tensor]:
+    """Read named tensors that ``torch.save`` wrote; nothing but tensors is ever unpickled.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or cut short, or holds other things than tensors by name.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    try:
+        tensors = torch.load(path, map_location=device or "cpu", weights_only=True, mmap=True)
+    except Exception as error:  # of zip, pickle and torch, of many kinds
+        raise CheckpointError(f"{path} is damaged, truncated or holds more than tensors: {error}") from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise CheckpointError(f"{path}: expected tensors by name")
+    return dict(tensors)
+
+
 def _checksum(tensors: Mapping[str, Tensor]) -> int:
     crc = 0
     for name in sorted(tensors):

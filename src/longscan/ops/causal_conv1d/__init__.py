@@ -45,7 +45,7 @@ def causal_conv1d(
         cu_seqlens: (num_sequences + 1,) integers, 0 first, `length` last: sequences packed in the one row of a batch
             of 1; the filter does not reach over a border.
         return_final_state: also return the last width - 1 inputs.
-        backend: "auto" (None), "reference", "cpu" or "triton"; a name never falls back to another.
+        backend: "auto" (None), "reference", "cpu", "cuda" or "triton"; a name never falls back to another.
 
     Returns:
         y (batch, length, channels) in x's dtype; with `return_final_state` also the state, shaped like `initial_state`,

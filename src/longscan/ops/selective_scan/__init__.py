@@ -63,7 +63,7 @@ def selective_scan(
         cu_seqlens: (num_sequences + 1,) integers, 0 first, `length` last, never decreasing: the sequences packed in
             the one row of a batch of 1. No state leaks over a border. A sequence of length 0 keeps its initial state.
         return_final_state: also return the state after the last step.
-        backend: "auto" (None), "reference", "cpu" or "triton"; a name never falls back to another.
+        backend: "auto" (None), "reference", "cpu", "cuda" or "triton"; a name never falls back to another.
 
     Returns:
         y (batch, length, channels) in x's dtype; with `return_final_state` also the state, shaped like

@@ -1,0 +1,217 @@
+"""Configurations and weight names of other packages' Mamba models, to ours and back.
+
+- ``mamba-ssm``: the released models' layout (``state-spaces/mamba-130m`` and its like), ``pytorch_model.bin``.
+- ``transformers``: ``MambaForCausalLM`` and ``FalconMambaForCausalLM``, safetensors. It is the layout that vLLM and
+  llama.cpp's converter read, so it is the road to a serving engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from longscan.errors import ConfigError
+from longscan.models.config import LanguageModelConfig
+
+FORMATS = ("longscan", "mamba-ssm", "transformers")
+
+# A gated MLP's width in mamba-ssm is rounded up to a multiple of this.
+_MLP_MULTIPLE = 128
+
+# Options of the Mamba mixer by their names in Transformers' configurations.
+_TRANSFORMERS_OPTIONS = {
+    "d_state": "state_size",
+    "d_conv": "conv_kernel",
+    "expand": "expand",
+    "dt_rank": "time_step_rank",
+    "dt_scale": "time_step_scale",
+    "dt_min": "time_step_min",
+    "dt_max": "time_step_max",
+    "dt_init": "time_step_init_scheme",
+    "dt_init_floor": "time_step_floor",
+    "bias": "use_bias",
+    "conv_bias": "use_conv_bias",
+}
+_MAMBA_SSM_OPTIONS = (
+    "d_state", "d_conv", "expand", "dt_rank", "dt_scale", "dt_min", "dt_max", "dt_init", "dt_init_floor", "bias",
+    "conv_bias",
+)  # fmt: skip
+
+
+def recognise(values: Mapping[str, Any]) -> str:
+    """The format that a ``config.json`` is of."""
+    if "model_type" in values:
+        return "transformers"
+    if "ssm_cfg" in values or "rms_norm" in values:
+        return "mamba-ssm"
+    return "longscan"
+
+
+def read_config(values: Mapping[str, Any]) -> LanguageModelConfig:
+    """Our configuration of a model that any of the formats describes.
+
+    Raises:
+        ConfigError: it is of another architecture, or has a setting that our model has not; the message names it.
+    """
+    kind = recognise(values)
+    if kind == "transformers":
+        return _from_transformers(values)
+    if kind == "mamba-ssm":
+        return _from_mamba_ssm(values)
+    return LanguageModelConfig.from_dict(values)
+
+
+def write_config(config: LanguageModelConfig, kind: str) -> dict[str, Any]:
+    """The ``config.json`` of a format.
+
+    Raises:
+        ConfigError: the format cannot say what the model is; the message names what it is about.
+    """
+    if kind not in FORMATS:
+        raise ConfigError(f"format: got {kind!r}; allowed are {', '.join(FORMATS)}")
+    if kind == "longscan":
+        return config.to_dict()
+    if set(config.mixer_names) != {"mamba"}:
+        raise ConfigError(f"format {kind!r} holds Mamba layers only, this model has {', '.join(config.mixer_names)}")
+    options = config.options_of("mamba")
+    if not isinstance(config.mixer, str):
+        config = LanguageModelConfig.from_dict({**config.to_dict(), "mixer": "mamba", "mixer_options": options})
+    if options.get("a_init") == "s4d-lin":
+        raise ConfigError(f"format {kind!r} holds a real A only, this model's is complex")
+    return _to_transformers(config) if kind == "transformers" else _to_mamba_ssm(config)
+
+
+def rename(tensors: Mapping[str, Tensor], kind: str, *, out: bool) -> dict[str, Tensor]:
+    """Weights under our names, from a format's; with ``out`` the other way round."""
+    if kind != "transformers":
+        return dict(tensors)
+    ours, theirs = "backbone.embedding.weight", "backbone.embeddings.weight"
+    old, new = (ours, theirs) if out else (theirs, ours)
+    return {new if name == old else name: tensor for name, tensor in tensors.items()}
+
+
+def _expect(values: Mapping[str, Any], name: str, *allowed: Any) -> None:
+    if name in values and values[name] not in allowed:
+        shown = " or ".join(map(repr, allowed))
+        raise ConfigError(f"{name}: got {values[name]!r}, expected {shown}: nothing else is supported")
+
+
+def _required(values: Mapping[str, Any], name: str) -> Any:
+    if name not in values:
+        raise ConfigError(f"{name} is missing")
+    return values[name]
+
+
+def _from_transformers(values: Mapping[str, Any]) -> LanguageModelConfig:
+    kind = values["model_type"]
+    if kind not in ("mamba", "falcon_mamba"):
+        raise ConfigError(f"model_type: got {kind!r}, expected 'mamba' or 'falcon_mamba'")
+    _expect(values, "hidden_act", "silu", "swish")
+    options = {ours: values[theirs] for ours, theirs in _TRANSFORMERS_OPTIONS.items() if theirs in values}
+    if kind == "falcon_mamba":
+        options["selection_norm_eps"] = values.get("mixer_rms_eps", 1e-6)
+    rows = _required(values, "vocab_size")
+    vocabulary, multiple = values.get("unpadded_vocab_size", rows), values.get("pad_vocab_size_multiple", 1)
+    if -(-vocabulary // multiple) * multiple != rows:
+        # Somebody has resized the embedding since.
+        vocabulary, multiple = rows, 1
+    return LanguageModelConfig(
+        d_model=_required(values, "hidden_size"),
+        n_layer=_required(values, "num_hidden_layers"),
+        vocab_size=vocabulary,
+        mixer="mamba",
+        mixer_options=options,
+        norm_eps=values.get("layer_norm_epsilon", 1e-5),
+        residual_in_fp32=values.get("residual_in_fp32", True),
+        tie_embeddings=values.get("tie_word_embeddings", True),
+        pad_vocab_size_multiple=multiple,
+    )
+
+
+def _to_transformers(config: LanguageModelConfig) -> dict[str, Any]:
+    if config.d_intermediate:
+        raise ConfigError("format 'transformers' has no MLPs, this model has (d_intermediate)")
+    options = config.options_of("mamba")
+    eps = options.get("selection_norm_eps")
+    kind, name = ("mamba", "MambaForCausalLM") if eps is None else ("falcon_mamba", "FalconMambaForCausalLM")
+    expand = options.get("expand", 2)
+    if expand != int(expand):
+        raise ConfigError(f"format 'transformers' takes a whole expand, this model has {expand}")
+    values = {
+        "architectures": [name],
+        "model_type": kind,
+        "vocab_size": config.padded_vocab_size,
+        "unpadded_vocab_size": config.vocab_size,
+        "pad_vocab_size_multiple": config.pad_vocab_size_multiple,
+        "hidden_size": config.d_model,
+        "num_hidden_layers": config.n_layer,
+        "layer_norm_epsilon": config.norm_eps,
+        "residual_in_fp32": config.residual_in_fp32,
+        "tie_word_embeddings": config.tie_embeddings,
+        "hidden_act": "silu",
+        # Said outright, for those who read the file without Transformers.
+        "state_size": 16,
+        "conv_kernel": 4,
+        "expand": int(expand),
+        "intermediate_size": int(expand * config.d_model),
+        "time_step_rank": -(-config.d_model // 16),
+        "use_bias": False,
+        "use_conv_bias": True,
+    }
+    for ours, theirs in _TRANSFORMERS_OPTIONS.items():
+        if ours in options and options[ours] != "auto":
+            values[theirs] = options[ours]
+    if eps is not None:
+        values["mixer_rms_eps"] = eps
+    return values
+
+
+def _from_mamba_ssm(values: Mapping[str, Any]) -> LanguageModelConfig:
+    _expect(values, "rms_norm", True)
+    _expect(values, "attn_layer_idx", [], None)
+    given = dict(values.get("ssm_cfg") or {})
+    _expect(given, "layer", "Mamba1")
+    given.pop("layer", None)
+    options = {name: value for name, value in given.items() if name in _MAMBA_SSM_OPTIONS}
+    if unknown := [name for name in given if name not in (*_MAMBA_SSM_OPTIONS, "use_fast_path")]:
+        raise ConfigError(f"ssm_cfg: unknown keys {', '.join(unknown)}; allowed: {', '.join(_MAMBA_SSM_OPTIONS)}")
+    return LanguageModelConfig(
+        d_model=_required(values, "d_model"),
+        n_layer=_required(values, "n_layer"),
+        vocab_size=_required(values, "vocab_size"),
+        mixer="mamba",
+        mixer_options=options,
+        d_intermediate=-(-values.get("d_intermediate", 0) // _MLP_MULTIPLE) * _MLP_MULTIPLE,
+        residual_in_fp32=values.get("residual_in_fp32", True),
+        tie_embeddings=values.get("tie_embeddings", True),
+        pad_vocab_size_multiple=values.get("pad_vocab_size_multiple", 8),
+    )
+
+
+def _to_mamba_ssm(config: LanguageModelConfig) -> dict[str, Any]:
+    options = config.options_of("mamba")
+    if options.get("selection_norm_eps") is not None:
+        raise ConfigError("format 'mamba-ssm' has no inner norms, this model has (selection_norm_eps)")
+    if config.norm_eps != 1e-5:
+        raise ConfigError(f"format 'mamba-ssm' has a norm_eps of 1e-5, this model's is {config.norm_eps}")
+    if config.d_intermediate % _MLP_MULTIPLE:
+        raise ConfigError(
+            f"format 'mamba-ssm' has MLP widths that are multiples of {_MLP_MULTIPLE}, this model's is "
+            f"{config.d_intermediate}"
+        )
+    return {
+        "d_model": config.d_model,
+        "d_intermediate": config.d_intermediate,
+        "n_layer": config.n_layer,
+        "vocab_size": config.vocab_size,
+        "ssm_cfg": {name: options[name] for name in _MAMBA_SSM_OPTIONS if name in options},
+        "attn_layer_idx": [],
+        "attn_cfg": {},
+        "rms_norm": True,
+        "residual_in_fp32": config.residual_in_fp32,
+        "fused_add_norm": True,
+        "pad_vocab_size_multiple": config.pad_vocab_size_multiple,
+        "tie_embeddings": config.tie_embeddings,
+    }

@@ -1,0 +1,177 @@
+"""Models of other packages: the same numbers in and out, and what cannot be said is refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from longscan.errors import CheckpointError, ConfigError
+from longscan.models import LanguageModel
+from longscan.nn.storage import save_pickled, save_tensors
+from tests.models.small import make
+
+TOKENS = torch.tensor([[1, 2, 3, 4, 12, 0, 7]])
+FALCON = {"mixer_options": {"selection_norm_eps": 1e-6}}
+
+
+@pytest.mark.parametrize("kind", ["longscan", "mamba-ssm", "transformers"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_embeddings": False, "residual_in_fp32": False},
+        {"mixer_options": {"d_state": 5, "d_conv": 3, "expand": 3, "dt_rank": 2, "bias": True, "conv_bias": False}},
+        {"mixer": ("mamba", "mamba"), "mixer_options": {"mamba": {"dt_rank": "auto"}}},
+    ],
+    ids=["plain", "untied", "options", "list"],
+)
+def test_a_round_trip_is_exact(kind: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    model = make(**changes)
+    again = LanguageModel.from_pretrained(model.save_pretrained(tmp_path, format=kind))
+    assert torch.equal(again(TOKENS)[0], model(TOKENS)[0])
+    assert again.config.vocab_size == model.config.vocab_size
+    assert again.state_dict().keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor)
+
+
+def test_mlps_and_inner_norms(tmp_path: Path) -> None:
+    wide = make(d_intermediate=128)
+    again = LanguageModel.from_pretrained(wide.save_pretrained(tmp_path / "wide", format="mamba-ssm"))
+    assert torch.equal(again(TOKENS)[0], wide(TOKENS)[0])
+    falcon = make(**FALCON)
+    again = LanguageModel.from_pretrained(falcon.save_pretrained(tmp_path / "falcon", format="transformers"))
+    assert torch.equal(again(TOKENS)[0], falcon(TOKENS)[0])
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False}, FALCON], ids=["mamba", "untied", "falcon"])
+def test_transformers_reads_what_we_write_and_we_what_it_writes(changes: dict[str, Any], tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = make(**changes)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        model.save_pretrained(tmp_path / "ours", format="transformers"), dtype=torch.float32
+    )
+    assert type(theirs).__name__ == ("FalconMambaForCausalLM" if changes is FALCON else "MambaForCausalLM")
+    with torch.no_grad():
+        logits = theirs(TOKENS, use_cache=False).logits[..., : model.config.vocab_size]
+    torch.testing.assert_close(model(TOKENS)[0], logits, rtol=1e-4, atol=1e-4)
+    # In shards, and in half precision.
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size="8KB")
+    assert (tmp_path / "shards" / "model.safetensors.index.json").exists()
+    again = LanguageModel.from_pretrained(tmp_path / "shards")
+    assert torch.equal(again(TOKENS)[0][..., : model.config.vocab_size], model(TOKENS)[0])
+    theirs.to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    half = LanguageModel.from_pretrained(tmp_path / "half")
+    assert half.backbone.embedding.weight.dtype == torch.bfloat16
+    assert half.backbone.blocks[0].mixer.A_log.dtype == torch.float32
+    assert half(TOKENS)[0].isfinite().all()
+
+
+def test_the_released_layout(tmp_path: Path) -> None:
+    """As the files of state-spaces/mamba-130m are: few keys, a padded embedding, the head beside it."""
+    model = make(vocab_size=13)
+    released = {
+        "d_model": 16, "n_layer": 3, "vocab_size": 13, "ssm_cfg": {}, "rms_norm": True, "residual_in_fp32": True,
+        "fused_add_norm": True, "pad_vocab_size_multiple": 8,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(released))
+    save_pickled(tmp_path / "pytorch_model.bin", model.state_dict())
+    again = LanguageModel.from_pretrained(tmp_path)
+    assert again.config == model.config
+    assert torch.equal(again(TOKENS)[0], model(TOKENS)[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "words"),
+    [
+        ("safetensors", {}, "allowed are longscan, mamba-ssm, transformers"),
+        ("transformers", {"mixer": "s4d"}, "holds Mamba layers only"),
+        ("mamba-ssm", {"mixer_options": {"a_init": "s4d-lin"}}, "holds a real A only"),
+        ("transformers", {"d_intermediate": 8}, "has no MLPs"),
+        ("mamba-ssm", {"d_intermediate": 8}, "multiples of 128"),
+        ("mamba-ssm", FALCON, "no inner norms"),
+        ("mamba-ssm", {"norm_eps": 1e-6}, "norm_eps of 1e-5"),
+        ("transformers", {"mixer_options": {"expand": 1.5}}, "whole expand"),
+    ],
+)
+def test_what_a_format_cannot_say(kind: str, changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=words):
+        make(**changes).save_pretrained(tmp_path / "model", format=kind)
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"model_type": "mamba2"}, "model_type: got 'mamba2'"),
+        ({"model_type": "mamba", "hidden_act": "relu"}, "hidden_act: got 'relu'"),
+        ({"model_type": "mamba", "vocab_size": 8}, "hidden_size is missing"),
+        ({"ssm_cfg": {"layer": "Mamba2"}}, "layer: got 'Mamba2'"),
+        ({"ssm_cfg": {"headdim": 64}}, "ssm_cfg: unknown keys headdim"),
+        ({"ssm_cfg": {}, "rms_norm": False}, "rms_norm: got False"),
+        ({"ssm_cfg": {}, "attn_layer_idx": [1]}, "attn_layer_idx"),
+        ([], "holds a list"),
+    ],
+)
+def test_what_our_model_is_not(values: Any, words: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=words):
+        LanguageModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "garbage", "code"])
+def test_a_damaged_pickle_is_named_and_never_run(damage: str, tmp_path: Path) -> None:
+    path = make().save_pretrained(tmp_path / "model", format="mamba-ssm") / "pytorch_model.bin"
+    content = path.read_bytes()
+    if damage == "code":
+        ran = tmp_path / "ran"
+
+        class Trap:
+            def __reduce__(self) -> Any:
+                return (Path.touch, (ran,))
+
+        torch.save({"backbone.embedding.weight": Trap()}, path)
+    else:
+        path.write_bytes({"empty": b"", "truncated": content[: len(content) // 2], "garbage": b"\xff" * 99}[damage])
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is damaged, truncated or holds more than tensors"):
+        LanguageModel.from_pretrained(tmp_path / "model")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_index_names_files_of_its_folder(tmp_path: Path) -> None:
+    folder = make().save_pretrained(tmp_path / "model")
+    outside = save_tensors(tmp_path / "outside.safetensors", {"a": torch.ones(1)}, {})
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": f"../{outside.name}"}}))
+    with pytest.raises(CheckpointError, match="not a file of its folder"):
+        LanguageModel.from_pretrained(folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "lost.safetensors"}}))
+    with pytest.raises(CheckpointError, match=r"lost\.safetensors: no such file"):
+        LanguageModel.from_pretrained(folder)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="weight_map"):
+        LanguageModel.from_pretrained(folder)
+
+
+def test_names_on_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A fake hub: what is asked of it, and what becomes of its failures."""
+    hub = pytest.importorskip("huggingface_hub")
+    folder = make().save_pretrained(tmp_path / "model", format="mamba-ssm")
+    asked: list[Any] = []
+
+    def download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((name, revision, allow_patterns))
+        if name == "lost/model":
+            raise OSError("not found")
+        return str(folder)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    LanguageModel.from_pretrained("state-spaces/mamba-130m", revision="main")
+    assert asked[0] == ("state-spaces/mamba-130m", "main", ["*.json", "*.safetensors"])
+    assert asked[1][2] == ["*.json", "*.bin"]
+    with pytest.raises(CheckpointError, match="lost/model: no such folder, and the Hugging Face Hub gives none"):
+        LanguageModel.from_pretrained("lost/model")
