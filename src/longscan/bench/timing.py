@@ -74,8 +74,8 @@ def measure_in_turn(
 ) -> list[Timing]:
     """Times several calls in three rounds, so that a slow stretch of the machine meets them all.
 
-    A turn of a call quicker than a second begins with a pass that is not timed: caches and allocators have to get used
-    to the call again.
+    A turn begins with a pass that is not timed, unless that would take the whole turn: caches and allocators have to get
+    used to the call again.
 
     Args:
         calls, firsts: what :func:`measure` takes, one of each per contender.
@@ -88,7 +88,7 @@ def measure_in_turn(
         for i in open_:
             # Samples and seconds that may be there when this turn ends.
             most, until = -(-max(repeats, 1) * turn // _TURNS), budget * turn / _TURNS
-            if passes[i] < 1:
+            if passes[i] < budget / _TURNS:
                 timed(calls[i], device)
             while len(samples[i]) < most and (not samples[i] or sum(samples[i]) < until):
                 samples[i].append(timed(calls[i], device))
