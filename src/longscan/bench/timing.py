@@ -74,8 +74,8 @@ def measure_in_turn(
 ) -> list[Timing]:
     """Times several calls in three rounds, so that a slow stretch of the machine meets them all.
 
-    A turn begins with a pass that is not timed, unless that would take the whole turn: caches and allocators have to get
-    used to the call again.
+    A turn begins with a pass that is not timed, unless that would take the whole turn: caches and allocators have to
+    get used to the call again.
 
     Args:
         calls, firsts: what :func:`measure` takes, one of each per contender.
