@@ -59,11 +59,16 @@ def test_figure_is_a_png(tmp_path: Path, rows: slice) -> None:
 
 
 def test_summary_is_a_table_in_its_place() -> None:
-    table = summary.markdown([make_report(), make_report(higher_is_better=True)])
-    lines = table.splitlines()
+    other = make_report()
+    other.machine["cpu"] = "another processor"
+    table = summary.markdown([make_report(), other, make_report(higher_is_better=True)])
+    assert table.count("| | unit |") == 2
+    place, _, *lines = table.splitlines()
+    assert place.endswith("):")
     assert lines[0] == "| | unit | longscan | transformers | mambapy | floor |"
     assert lines[2] == "| scan g | ms | **2** | 8 |  | 1 |"
     assert lines[3] == "| scan g | ms | 2 | **8** |  | 1 |"
+    assert lines[5].startswith("another processor")
     document = f"before {summary.BEGIN}old{summary.END} after"
     new = summary.replace_figures(document, table)
     assert new.startswith("before <!--")

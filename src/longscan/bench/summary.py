@@ -17,7 +17,14 @@ BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 
 
 def markdown(reports: Sequence[Report]) -> str:
-    """One line per setting, one column per contender; the fastest one that is no floor in bold."""
+    """A table per machine: a line for each setting, a column for each contender, the fastest one in bold."""
+    places: dict[str, list[Report]] = {}
+    for report in reports:
+        places.setdefault(_place(report), []).append(report)
+    return "\n\n".join(f"{place}:\n\n{_table(own)}" for place, own in places.items())
+
+
+def _table(reports: Sequence[Report]) -> str:
     rows = [row for report in reports for row in report.rows]
     columns = [*dict.fromkeys(row.contender for row in rows if row.kind != "floor"), "floor"]
     lines = ["| | unit | " + " | ".join(columns) + " |", "|---|---|" + "---:|" * len(columns)]
@@ -25,8 +32,7 @@ def markdown(reports: Sequence[Report]) -> str:
         for group in report.groups():
             cells = [_cell(report, report.of(group), name) for name in columns]
             lines.append(f"| {report.bench} {group} | {report.unit} | " + " | ".join(cells) + " |")
-    places = dict.fromkeys(_place(report) for report in reports)
-    return "\n".join([*lines, "", *(f"Measured on {place}." for place in places)])
+    return "\n".join(lines)
 
 
 def _cell(report: Report, rows: list[Row], name: str) -> str:
