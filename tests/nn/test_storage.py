@@ -79,3 +79,21 @@ def test_a_file_of_another_program_has_no_checksum(tmp_path: Path) -> None:
     assert torch.equal(load_tensors(tmp_path / "t")[0]["a"], torch.ones(2))
     with pytest.raises(CheckpointError, match="no such file"):
         load_tensors(tmp_path / "u")
+
+
+def test_equal_tensors_are_equal_files(tmp_path: Path) -> None:
+    """The writer puts metadata in an order of chance, anew in each process."""
+    metadata = {str(i): "word" for i in range(12)}
+    tensors = {"b": torch.arange(6.0).view(2, 3), "a": torch.ones(3, dtype=torch.bfloat16)}
+    code = (
+        "import sys, torch; from longscan.nn.storage import save_tensors; "
+        "save_tensors(sys.argv[1], {'b': torch.arange(6.0).view(2, 3), 'a': torch.ones(3, dtype=torch.bfloat16)}, "
+        "{str(i): 'word' for i in range(12)})"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "other")], check=True)
+    path = save_tensors(tmp_path / "one", tensors, metadata)
+    assert path.read_bytes() == (tmp_path / "other").read_bytes()
+    again, found = load_tensors(path)
+    assert {name: found[name] for name in metadata} == metadata
+    assert torch.equal(again["b"], tensors["b"])
+    assert torch.equal(again["a"], tensors["a"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tempfile
 import zlib
@@ -70,10 +71,24 @@ def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], me
     def write(temporary: Path) -> None:
         try:
             safetensors.torch.save_file(stored, temporary, metadata=metadata)
+            _order_metadata(temporary)
         except safetensors.SafetensorError as error:
             raise OSError(str(error)) from error
 
     return write_atomically(path, write)
+
+
+def _order_metadata(path: Path) -> None:
+    """Puts a safetensors file's metadata in order: its writer leaves that to chance, and equal tensors are equal files."""
+    with open(path, "rb+") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        # The same words in another order; were they longer, the file would stay as it is.
+        if len(ordered) <= size:
+            file.seek(8)
+            file.write(ordered.ljust(size))
 
 
 def load_tensors(
