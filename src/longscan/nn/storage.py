@@ -79,7 +79,7 @@ def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], me
 
 
 def _order_metadata(path: Path) -> None:
-    """Puts a safetensors file's metadata in order: its writer leaves that to chance, and equal tensors are equal files."""
+    """Puts a file's metadata in order, which its writer leaves to chance: equal tensors are to be equal files."""
     with open(path, "rb+") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
