@@ -19,9 +19,6 @@ typedef float number;
 typedef u16 number;
 #endif
 
-// Activations in 16 bytes.
-constexpr int VECTOR = 16 / sizeof(number);
-
 DEVICE float widen(number bits) {
 #if FORMAT == 0
     return bits;
@@ -100,14 +97,6 @@ DEVICE float2 get_pair(const float* at) {
         return *(const float2*)at;
     else
         return make_float2(*at, 0.f);
-}
-
-template <int COUNT>
-DEVICE void put_pair(float* at, float2 value) {
-    if constexpr (COUNT == 2)
-        *(float2*)at = value;
-    else
-        *at = value.x;
 }
 
 // ---- Functions ----

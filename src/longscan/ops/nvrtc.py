@@ -17,11 +17,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from longscan.errors import BackendError
 
 #: Macros of a kernel, name by name.
 Macros = tuple[tuple[str, int], ...]
+
+
+#: Activations' dtypes by the kernels' macro FORMAT.
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """The tensor itself if its last axis is contiguous in memory, else a copy that has it so."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def addresses(*tensors: Tensor | None) -> tuple[int, ...]:
+    """Where tensors lie, as kernels take them; 0 for None."""
+    return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
 
 
 @cache

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from longscan.ops import nvrtc
+from longscan.ops.nvrtc import FORMATS, addresses, rows
 
 _SOURCE = Path(__file__).parent / "conv.cu"
-_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
 # Steps of a thread, and threads of a block.
 _PIECE = 64
 _THREADS = 128
@@ -25,16 +24,11 @@ def unsupported(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> str | None:
     """Why these arguments cannot be served, in words; None when they can."""
-    if x.dtype not in _FORMATS:
+    if x.dtype not in FORMATS:
         return f"its kernels take float32, bfloat16 and float16, not {x.dtype}"
     if weight.shape[1] > _WIDEST:
         return f"it serves filters up to {_WIDEST} taps, not {weight.shape[1]}"
     return nvrtc.refuse_device(x.device.index or 0)
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """The tensor itself if its channels are neighbours in memory, else a copy that has them so."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 def _in_pairs(*tensors: Tensor | None) -> bool:
@@ -50,16 +44,12 @@ def _in_pairs(*tensors: Tensor | None) -> bool:
     )
 
 
-def _addresses(*tensors: Tensor | None) -> tuple[int, ...]:
-    return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
-
-
 @cache
 def _kernel(
     name: str, dtype: torch.dtype, packed: bool, width: int, silu: bool, pair: bool, device: int
 ) -> nvrtc.Kernel:
     options = {
-        "FORMAT": _FORMATS[dtype], "PACKED": packed, "WIDTH": width, "SILU": silu, "PIECE": _PIECE, "PAIR": pair,
+        "FORMAT": FORMATS[dtype], "PACKED": packed, "WIDTH": width, "SILU": silu, "PIECE": _PIECE, "PAIR": pair,
     }  # fmt: skip
     return nvrtc.kernel(_SOURCE, name, nvrtc.macros(options), device)
 
@@ -84,8 +74,8 @@ def forward(
     with torch.cuda.device(x.device):
         batch, length, channels = x.shape
         sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        x, weight, bias = _rows(x), weight.float().contiguous(), None if bias is None else bias.float().contiguous()
-        state = None if initial_state is None else _rows(initial_state)
+        x, weight, bias = rows(x), weight.float().contiguous(), None if bias is None else bias.float().contiguous()
+        state = None if initial_state is None else rows(initial_state)
         offsets = None if cu_seqlens is None else cu_seqlens.contiguous()
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         final = torch.empty((sequences, weight.shape[1] - 1, channels), dtype=x.dtype, device=x.device)
@@ -93,7 +83,7 @@ def forward(
         _, blocks = _grid(x, sequences, pair)
         strides = (*x.stride()[:2], *((0, 0) if state is None else state.stride()[:2]))
         run = _kernel("conv_forward", x.dtype, offsets is not None, weight.shape[1], silu, pair, x.device.index or 0)
-        tensors = _addresses(x, weight, bias, state, y, final, offsets)
+        tensors = addresses(x, weight, bias, state, y, final, offsets)
         run.launch(blocks, _THREADS, (*tensors, *strides, sequences, length, channels))
         return y, final
 
@@ -113,9 +103,9 @@ def backward(
     with torch.cuda.device(x.device):
         batch, length, channels = x.shape
         sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        dy, x, dfinal = _rows(dy.to(x.dtype)), _rows(x), dfinal.to(x.dtype).contiguous()
+        dy, x, dfinal = rows(dy.to(x.dtype)), rows(x), dfinal.to(x.dtype).contiguous()
         taps, shift = weight.float().contiguous(), None if bias is None else bias.float().contiguous()
-        state = None if initial_state is None else _rows(initial_state)
+        state = None if initial_state is None else rows(initial_state)
         offsets = None if cu_seqlens is None else cu_seqlens.contiguous()
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         dstate = None if state is None else torch.empty(state.shape, dtype=state.dtype, device=x.device)
@@ -126,7 +116,7 @@ def backward(
         dbias = torch.empty((pieces, channels), dtype=torch.float32, device=x.device)
         strides = (*dy.stride()[:2], *x.stride()[:2], *((0, 0) if state is None else state.stride()[:2]))
         run = _kernel("conv_backward", x.dtype, offsets is not None, width, silu, pair, x.device.index or 0)
-        tensors = _addresses(dy, dfinal, x, taps, shift, state, dx, dstate, dweight, dbias, offsets)
+        tensors = addresses(dy, dfinal, x, taps, shift, state, dx, dstate, dweight, dbias, offsets)
         run.launch(blocks, _THREADS, (*tensors, *strides, sequences, length, channels))
         return (
             dx,

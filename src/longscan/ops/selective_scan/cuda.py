@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from longscan.ops import nvrtc
-from longscan.ops.selective_scan.cuda_call import FORMATS, Call, addresses, rows, steps
+from longscan.ops.nvrtc import FORMATS, addresses, rows
+from longscan.ops.selective_scan.cuda_call import Call, steps
 from longscan.ops.selective_scan.cuda_plan import Split, backward_split, forward_split
 
 #: Steps between saved states, and of a tile of the backward pass.

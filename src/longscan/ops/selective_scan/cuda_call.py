@@ -11,24 +11,14 @@ import torch
 from torch import Tensor
 
 from longscan.ops import nvrtc
+from longscan.ops.nvrtc import FORMATS, addresses, rows
 
 _FOLDER = Path(__file__).parent
-
-FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 @cache
 def multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def rows(tensor: Tensor) -> Tensor:
-    """The tensor itself if its channels (or states) are neighbours in memory, else a copy that has them so."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
-def addresses(*tensors: Tensor | None) -> tuple[int, ...]:
-    return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
 
 
 def steps(*tensors: Tensor | None) -> tuple[int, ...]:
