@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from longscan.errors import ArgumentError
 from longscan.models import prefill
-from longscan.models.decoding import CompiledStepper, ModuleStepper, make_stepper
+from longscan.models.decoding import CompiledStepper, GraphStepper, ModuleStepper, make_stepper
 from tests.models.small import make
 
 
@@ -37,3 +38,50 @@ def test_the_choice() -> None:
         assert isinstance(make_stepper(model), ModuleStepper)
     with torch.autocast("cpu", torch.bfloat16):
         assert isinstance(make_stepper(make()), ModuleStepper)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 3, 5])
+@pytest.mark.parametrize("kind", ["mamba", "complex", "s4d"])
+@torch.no_grad()
+def test_a_captured_step_is_the_step(kind: str, batch: int) -> None:
+    model = make("mamba", mixer="s4d", mixer_options={"d_state": 4}) if kind == "s4d" else make(kind)
+    model = model.cuda()
+    stepper, plain = make_stepper(model), ModuleStepper(model)
+    assert isinstance(stepper, GraphStepper)
+    prompts = [torch.randint(0, 13, (row + 1,), device="cuda") for row in range(batch)]
+    states = [prefill(model, prompts)[1] for _ in range(2)]
+    for token in range(6):
+        if token == 3 and batch > 1:  # rows end
+            states = [state.select(range(1, state.batch)) for state in states]
+        tokens = torch.arange(states[0].batch, device="cuda") + token
+        logits, states[0] = stepper.step(tokens, states[0])
+        expected, states[1] = plain.step(tokens, states[1])
+        torch.testing.assert_close(logits.float(), expected.float(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_captured_step_refuses_a_state_that_is_gone() -> None:
+    model = make().cuda()
+    stepper, tokens = make_stepper(model), torch.tensor([1], device="cuda")
+    _, first = stepper.step(tokens, model.initial_state(1))
+    stepper.step(tokens, model.initial_state(1))
+    with pytest.raises(ArgumentError, match="has been overwritten"):
+        stepper.step(tokens, first)
+
+
+@pytest.mark.gpu
+def test_graphs_are_for_states_that_do_not_grow() -> None:
+    assert isinstance(make_stepper(make("mixed").cuda()), ModuleStepper)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["mamba", "complex"])
+def test_generation_on_a_gpu_is_that_on_the_cpu(kind: str) -> None:
+    model = make(kind)
+    prompts, options = [[1, 2, 3], [4], [5, 6]], {"temperature": 0.0, "stop_tokens": [7]}
+    expected = model.generate(prompts, 12, **options)
+    out = model.cuda().generate(prompts, 12, **options)
+    assert out.tokens == expected.tokens
+    assert out.reasons == expected.reasons

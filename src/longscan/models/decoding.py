@@ -7,31 +7,33 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from longscan.errors import BackendError
+from longscan.errors import ArgumentError, BackendError
 from longscan.mixers.mamba import Mamba, MambaState
 from longscan.nn.state import ModelState
 
 if TYPE_CHECKING:
     from longscan.models.backbone import Block
     from longscan.models.language_model import LanguageModel
-    from longscan.ops.mamba_step import MambaStepWeights
+    from longscan.ops.mamba_step import CudaMambaDecoder, MambaDecoder, MambaStepWeights
 
 
 class Stepper(Protocol):
     """Takes one token per row; owns the state it is given and may update it in place."""
 
     def step(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
-        """tokens (batch,) to logits (batch, vocab_size) and the next state."""
+        """tokens (batch,) to logits (batch, vocab_size) and the next state; the next call may reuse their memory."""
 
 
 def make_stepper(model: LanguageModel) -> Stepper:
-    """One compiled call per token where the model is all Mamba on the CPU, else module by module.
+    """The fastest stepper for a model where it is.
 
-    The weights are read when it is made: make a new one after they have changed.
+    On the CPU one compiled call per token if the model is all Mamba; on a GPU a captured graph if the state does not
+    grow; else module by module. The weights are read when it is made: make a new one after they have changed.
     """
-    if model.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+    kind = model.device.type
+    if kind in ("cpu", "cuda") and not torch.is_autocast_enabled(kind):
         try:
-            return CompiledStepper(model)
+            return CompiledStepper(model) if kind == "cpu" else GraphStepper(model)
         except BackendError:
             pass
     return ModuleStepper(model)
@@ -48,28 +50,104 @@ class ModuleStepper:
 
 
 class CompiledStepper:
-    """All layers and the head of a real Mamba in one call (:mod:`longscan.ops.mamba_step`).
+    """All layers and the head of a real Mamba in one call (:mod:`longscan.ops.mamba_step`), on the CPU or a GPU.
 
     Raises:
         BackendError: the model has other mixers, or weights that the compiled step cannot read.
     """
 
     def __init__(self, model: LanguageModel) -> None:
-        from longscan.ops.mamba_step import MambaDecoder
+        from longscan.ops.mamba_step import CudaMambaDecoder, MambaDecoder
 
-        layers = [_weights(block) for block in model.backbone.blocks]
-        self._decoder = MambaDecoder(
+        backbone = model.backbone
+        layers = [_weights(block) for block in backbone.blocks]
+        head = None if model.config.tie_embeddings else model.lm_head.weight
+        make = CudaMambaDecoder if model.device.type == "cuda" else MambaDecoder
+        self._decoder: CudaMambaDecoder | MambaDecoder = make(
             layers,
-            embedding=model.backbone.embedding.weight,
-            final_norm=model.backbone.norm_f.weight,
-            eps=model.backbone.norm_f.eps,
-            head=None if model.config.tie_embeddings else model.lm_head.weight,
+            embedding=backbone.embedding.weight,
+            final_norm=backbone.norm_f.weight,
+            eps=backbone.norm_f.eps,
+            head=head,
         )
         self._vocab_size = model.config.vocab_size
 
     def step(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
         states = [(own.conv, own.ssm) for own in state.layers if isinstance(own, MambaState)]
         return self._decoder.step(tokens, states)[:, : self._vocab_size], state
+
+
+class GraphStepper:
+    """A step captured as a CUDA graph: a token costs one launch.
+
+    A graph is captured for each of a few batch sizes when it is first needed; rows that are missing are stepped for
+    nothing. The state that comes back lies in the graph's own memory: hand it to the next call, or copy it.
+
+    Raises:
+        BackendError: the model is not on a GPU, or a state of it grows with the sequence.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        if model.device.type != "cuda":
+            raise BackendError(f"graphs are captured on GPUs, the model is on {model.device}")
+        if model.state_bytes(1, 1) != model.state_bytes(1, 2):
+            raise BackendError("the state of this model grows with the sequence: its memory moves from step to step")
+        try:
+            self._stepper: Stepper = CompiledStepper(model)
+        except BackendError:
+            self._stepper = ModuleStepper(model)
+        self._device = model.device
+        self._graphs: dict[int, _Graph] = {}
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+        size = _captured_size(tokens.shape[0])
+        graph = self._graphs.get(size)
+        if graph is None:
+            with torch.cuda.device(self._device):
+                graph = self._graphs[size] = _Graph(self._stepper, state, size)
+        return graph.step(tokens, state)
+
+
+class _Graph:
+    def __init__(self, stepper: Stepper, like: ModelState, size: int) -> None:
+        self._state = like.map(lambda tensor: tensor.new_zeros((size, *tensor.shape[1:])))
+        self._tokens = torch.zeros(size, dtype=torch.int64, device=self._state.tensors()[0].device)
+        self._graph = torch.cuda.CUDAGraph()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # compiles, and lets libraries allocate what they keep
+            stepper.step(self._tokens, self._state)
+        torch.cuda.current_stream().wait_stream(side)
+        # Other threads may use the GPU meanwhile.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._logits, after = stepper.step(self._tokens, self._state)
+            for kept, new in zip(self._state.tensors(), after.tensors(), strict=True):
+                if new.data_ptr() != kept.data_ptr():
+                    kept.copy_(new)
+        self._given: ModelState | None = None
+
+    def step(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+        rows = tokens.shape[0]
+        if state is not self._given:
+            for kept, new in zip(self._state.tensors(), state.tensors(), strict=True):
+                if new.data_ptr() == kept.data_ptr():
+                    raise ArgumentError("state: was given back before and has been overwritten since; clone it to keep")
+                kept[:rows].copy_(new)
+        self._tokens[:rows].copy_(tokens)
+        self._graph.replay()
+        if state is not self._given:
+            self._given = self._state.map(lambda tensor: tensor[:rows])
+        assert self._given is not None
+        return self._logits[:rows], self._given
+
+
+def _captured_size(rows: int) -> int:
+    """The batch size of the graph that steps so many rows: few sizes, so that rows that end cost few captures."""
+    if rows <= 4:
+        return rows
+    step = 8 if rows <= 64 else 32
+    return -(-rows // step) * step
 
 
 def _weights(block: Block) -> MambaStepWeights:

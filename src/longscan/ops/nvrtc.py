@@ -48,6 +48,25 @@ def refuse_device(index: int) -> str | None:
     return None if major >= 8 else f"it needs compute capability 8.0, this GPU has {major}.{minor}"
 
 
+@cache
+def shared_memory(index: int) -> int:
+    """Bytes of shared memory that a block can have."""
+    from cuda.core import Device
+
+    return int(Device(index).properties.max_shared_memory_per_block_optin)
+
+
+@cache
+def refuse_imports() -> str | None:
+    """Why kernels cannot be compiled and launched here, in words; None when they can."""
+    try:
+        import cuda.bindings
+        import cuda.core  # noqa: F401
+    except ImportError as error:
+        return f"it needs cuda-core, which cannot be imported ({error}); install longscan[cuda]"
+    return None
+
+
 def macros(values: Mapping[str, int | bool]) -> Macros:
     """Macros in a fixed order, so that equal ones are one kernel."""
     return tuple(sorted((name, int(value)) for name, value in values.items()))
@@ -134,7 +153,7 @@ class Kernel:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _checked(driver.cuKernelSetAttribute(attribute, self.shared, self._kernel.handle, device))
         # A kernel is always launched with the same number of threads.
-        self._configs: dict[int, Any] = {}
+        self._configs: dict[int | tuple[int, int], Any] = {}
 
     def _shared_bytes(self, driver: Any, name: str) -> int:
         """Reads the constant `NAME_bytes` of the loaded code; 0 where there is none."""
@@ -145,14 +164,24 @@ class Kernel:
         _checked(driver.cuMemcpyDtoH(value, address, 4))
         return int.from_bytes(value, "little")
 
-    def launch(self, grid: int, threads: int, arguments: Sequence[int]) -> None:
-        """Launches on PyTorch's current stream. Arguments are 64-bit: addresses and integers."""
+    def launch(
+        self, grid: int | tuple[int, int], threads: int, arguments: Sequence[int], *, together: bool = False
+    ) -> None:
+        """Launches on PyTorch's current stream. Arguments are 64-bit: addresses and integers.
+
+        Args:
+            grid: blocks.
+            threads: of a block.
+            arguments: of the kernel.
+            together: all blocks run at the same time, so that they can wait for one another (a cooperative launch).
+        """
         launch, configure, stream = _launcher()
         config = self._configs.get(grid)
         if config is None:
             if len(self._configs) > 1000:  # as many lengths
                 self._configs.clear()
-            config = self._configs[grid] = configure(grid=grid, block=threads, shmem_size=self.shared)
+            config = configure(grid=grid, block=threads, shmem_size=self.shared, is_cooperative=together)
+            self._configs[grid] = config
         launch(stream(torch.cuda.current_stream().cuda_stream), config, self._kernel, *arguments)
 
 

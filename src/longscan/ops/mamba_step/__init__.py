@@ -1,4 +1,4 @@
-"""One token through a whole Mamba on the CPU, in one compiled call, at the speed of reading its weights.
+"""One token through a whole Mamba, in one compiled call, at the speed of reading its weights.
 
 Decoding one token reads every weight once and does two flops with it, so memory sets the floor; calls into small
 operators, and linear layers that are made for matrices, cost several times that. Here a model's Mamba layers, its final
@@ -17,13 +17,16 @@ objects are made, so build new ones after the weights have changed: it takes und
 the residual stream are float32. What it cannot serve (another device, complex A, no Numba) it refuses with
 `BackendError` when it is built, so that a caller can take the general path instead; wrong shapes are `ArgumentError`.
 
-The same inputs give the same bits, for any number of threads (`torch.get_num_threads()`), and a row of a batch the
-same bits as alone.
+On an NVIDIA GPU :class:`CudaMambaDecoder` takes the same weights; its step is made to be captured as a CUDA graph.
+
+On the CPU the same inputs give the same bits, for any number of threads (`torch.get_num_threads()`), and a row of a
+batch the same bits as alone.
 """
 
 from __future__ import annotations
 
+from longscan.ops.mamba_step.cuda import CudaMambaDecoder
 from longscan.ops.mamba_step.decoder import MambaDecoder, mamba_block_step
 from longscan.ops.mamba_step.weights import MambaStepWeights
 
-__all__ = ["MambaDecoder", "MambaStepWeights", "mamba_block_step"]
+__all__ = ["CudaMambaDecoder", "MambaDecoder", "MambaStepWeights", "mamba_block_step"]

@@ -12,14 +12,7 @@ from torch import Tensor
 
 from longscan.errors import ArgumentError, BackendError
 from longscan.ops.checks import check_shape
-from longscan.ops.mamba_step.weights import (
-    KINDS,
-    MambaStepWeights,
-    Sizes,
-    check_matrix,
-    check_readable,
-    private_float32,
-)
+from longscan.ops.mamba_step.weights import KINDS, MambaModelWeights, MambaStepWeights, private_float32
 
 if TYPE_CHECKING:
     from longscan.ops.mamba_step.workspace import Workspace
@@ -65,33 +58,10 @@ class MambaDecoder:
         head_bias: Tensor | None = None,
         eps: float = 1e-5,
     ) -> None:
-        if not layers:
-            raise ArgumentError("layers: got none, expected at least one")
-        for i, layer in enumerate(layers):
-            if layer.sizes != layers[0].sizes:
-                raise ArgumentError(
-                    f"layers: layer {i} has {layer.sizes}, layer 0 has {layers[0].sizes}; expected the same"
-                )
-        self.layers = tuple(layers)
-        self.sizes: Sizes = layers[0].sizes
-        head = embedding if head is None else head
-        for name, matrix in (("embedding", embedding), ("head", head)):
-            if matrix is not None:
-                if matrix.dim() != 2 or matrix.shape[1] != self.sizes.d_model:
-                    raise ArgumentError(
-                        f"{name}: got shape {tuple(matrix.shape)}, expected (vocabulary, {self.sizes.d_model})"
-                    )
-                check_matrix(name, matrix)
-        self.embedding, self.head = embedding, head
-        if final_norm is not None:
-            check_shape("final_norm", final_norm, (self.sizes.d_model,), "(d_model,)")
-            check_readable("final_norm", final_norm)
-            final_norm = private_float32(final_norm)
-        if head_bias is not None and head is not None:
-            check_shape("head_bias", head_bias, (head.shape[0],), "(vocabulary,)")
-            check_readable("head_bias", head_bias)
-            head_bias = private_float32(head_bias)
-        self._final_norm, self._head_bias = final_norm, head_bias
+        self.weights = MambaModelWeights(tuple(layers), embedding, final_norm, head, head_bias, eps)
+        self.layers, self.sizes = self.weights.layers, self.weights.sizes
+        if self.weights.device.type != "cpu":
+            raise BackendError(f"layers: this compiled step runs on the CPU, they are on {self.weights.device}")
         self._table = np.stack([layer.row for layer in layers])
         self._eps = np.array([*(layer.eps for layer in layers), eps], dtype=np.float32)
         self._workspace: Workspace | None = None
@@ -116,15 +86,15 @@ class MambaDecoder:
             ArgumentError: a token outside the vocabulary, states that do not fit, or a decoder made without embedding
                 or final norm.
         """
-        if self.embedding is None or self.head is None or self._final_norm is None:
-            raise ArgumentError("embedding, final_norm: this decoder was made without them; use step_hidden")
-        if tokens.dim() != 1 or tokens.shape[0] == 0:
-            raise ArgumentError(f"tokens: got shape {tuple(tokens.shape)}, expected (batch,) with at least one")
-        vocabulary = self.embedding.shape[0]
+        weights = self.weights
+        weights.check_tokens(tokens)
+        assert weights.embedding is not None
+        assert weights.head is not None
+        vocabulary = weights.embedding.shape[0]
         if not all(0 <= token < vocabulary for token in tokens.tolist()):
             raise ArgumentError(f"tokens: got {tokens.tolist()}, allowed are 0 to {vocabulary - 1}")
-        hidden = self.embedding[tokens].to(torch.float32)
-        logits = torch.empty(tokens.shape[0], self.head.shape[0])
+        hidden = weights.embedding[tokens].to(torch.float32)
+        logits = torch.empty(tokens.shape[0], weights.head.shape[0])
         self._run(hidden, None, states, logits)
         return logits
 
@@ -159,8 +129,9 @@ class MambaDecoder:
         else:
             work.streams[0].copy_(residual)
         head = None
-        if logits is not None and self.head is not None and self._final_norm is not None:
-            head = Head(logits, self.head, self._head_bias, self._final_norm)
+        own = self.weights
+        if logits is not None and own.head is not None and own.final_norm is not None:
+            head = Head(logits, own.head, own.head_bias, own.final_norm)
         work.run(hidden, self._table, addresses, self._eps, head)
         return work.streams[len(self.layers) % 2]
 
@@ -177,29 +148,13 @@ class MambaDecoder:
     def _check_float16(self) -> None:
         from longscan.ops.simd import HAS_FLOAT16
 
-        matrices = [m for w in self.layers for m in (w.in_proj, w.x_proj, w.dt_proj, w.out_proj)]
-        if not HAS_FLOAT16 and any(m.dtype == torch.float16 for m in (*matrices, self.head) if m is not None):
+        if not HAS_FLOAT16 and any(matrix.dtype == torch.float16 for matrix in self.weights.matrices):
             raise BackendError("layers, head: got torch.float16, which this processor does not convert; use bfloat16")
 
     def _state_addresses(self, states: Sequence[State], batch: int) -> np.ndarray[Any, Any]:
         """(layers, 3) int64: of each layer the conv state's address and kind, and the SSM state's address."""
-        s = self.sizes
-        if len(states) != len(self.layers):
-            raise ArgumentError(f"states: got {len(states)}, expected one for each of {len(self.layers)} layers")
-        conv_shape, ssm_shape = (batch, s.d_conv - 1, s.d_inner), (batch, s.d_inner, s.d_state)
-        rows = []
-        for i, (conv, ssm) in enumerate(states):
-            if conv.shape != conv_shape or conv.dtype not in KINDS or not conv.is_contiguous() or not conv.is_cpu:
-                raise ArgumentError(
-                    f"states: conv_state of layer {i} is {conv.dtype} {tuple(conv.shape)} on {conv.device} with "
-                    f"strides {conv.stride()}; expected float32, bfloat16 or float16 {conv_shape} on CPU, contiguous"
-                )
-            if ssm.shape != ssm_shape or ssm.dtype != torch.float32 or not ssm.is_contiguous() or not ssm.is_cpu:
-                raise ArgumentError(
-                    f"states: ssm_state of layer {i} is {ssm.dtype} {tuple(ssm.shape)} on {ssm.device} with strides "
-                    f"{ssm.stride()}; expected float32 {ssm_shape} on the CPU, contiguous"
-                )
-            rows.append((conv.data_ptr(), KINDS[conv.dtype], ssm.data_ptr()))
+        self.weights.check_states(states, batch, KINDS)
+        rows = [(conv.data_ptr(), KINDS[conv.dtype], ssm.data_ptr()) for conv, ssm in states]
         return np.array(rows, dtype=np.int64)
 
 

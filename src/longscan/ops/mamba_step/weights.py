@@ -1,8 +1,9 @@
-"""The weights of one Mamba layer, checked once and laid out as a row of addresses for the compiled step."""
+"""The weights of a model of Mamba layers, checked once; those of a layer also as a row of addresses."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
@@ -123,6 +124,14 @@ class MambaStepWeights:
         if not self.eps >= 0:
             raise ArgumentError(f"eps: got {self.eps}, expected a number of at least 0")
         object.__setattr__(self, "sizes", sizes)
+        for name in shapes:
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.device != self.device:
+                raise BackendError(f"{name}: is on {tensor.device}, in_proj on {self.device}; move the layer to one")
+
+    @property
+    def device(self) -> torch.device:
+        return self.in_proj.device
 
     @cached_property
     def row(self) -> np.ndarray[Any, Any]:
@@ -132,12 +141,13 @@ class MambaStepWeights:
             matrix: Tensor = getattr(self, name)
             row[Field[name.upper()]] = matrix.data_ptr()
             row[Field[name.upper() + "_KIND"]] = KINDS[matrix.dtype]
-        for name, vector in self._vectors.items():
+        for name, vector in self.vectors.items():
             row[Field[name]] = vector.data_ptr()
         return row
 
     @cached_property
-    def _vectors(self) -> dict[str, Tensor]:
+    def vectors(self) -> dict[str, Tensor]:
+        """What is no matrix, in float32, by the name of its `Field`; those that are absent are not there."""
         given = {
             "NORM": self.norm,
             # Taps outermost, so that a vector of channels is contiguous.
@@ -153,6 +163,112 @@ class MambaStepWeights:
         return {name: private_float32(tensor) for name, tensor in given.items() if tensor is not None}
 
 
+@dataclass(frozen=True, eq=False)
+class MambaModelWeights:
+    """The weights of consecutive layers and, with a final norm, of a whole language model.
+
+    Args: as `MambaDecoder`. Vectors are copied to float32.
+
+    Raises:
+        ArgumentError: no layers, layers of different sizes, or shapes that do not fit.
+        BackendError: a dtype or layout that the compiled step cannot read, or tensors on several devices.
+    """
+
+    layers: tuple[MambaStepWeights, ...]
+    embedding: Tensor | None
+    final_norm: Tensor | None
+    head: Tensor | None
+    head_bias: Tensor | None
+    eps: float
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise ArgumentError("layers: got none, expected at least one")
+        sizes = self.sizes
+        for i, layer in enumerate(self.layers):
+            if layer.sizes != sizes:
+                raise ArgumentError(f"layers: layer {i} has {layer.sizes}, layer 0 has {sizes}; expected the same")
+        if self.head is None:
+            object.__setattr__(self, "head", self.embedding)
+        for name, matrix in (("embedding", self.embedding), ("head", self.head)):
+            if matrix is not None:
+                if matrix.dim() != 2 or matrix.shape[1] != sizes.d_model:
+                    raise ArgumentError(
+                        f"{name}: got shape {tuple(matrix.shape)}, expected (vocabulary, {sizes.d_model})"
+                    )
+                check_matrix(name, matrix)
+        if self.final_norm is not None:
+            check_shape("final_norm", self.final_norm, (sizes.d_model,), "(d_model,)")
+            check_readable("final_norm", self.final_norm)
+            object.__setattr__(self, "final_norm", private_float32(self.final_norm))
+        if self.head_bias is not None and self.head is not None:
+            check_shape("head_bias", self.head_bias, (self.head.shape[0],), "(vocabulary,)")
+            check_readable("head_bias", self.head_bias)
+            object.__setattr__(self, "head_bias", private_float32(self.head_bias))
+        for name, tensor in (("embedding", self.embedding), ("head", self.head), ("final_norm", self.final_norm)):
+            if tensor is not None and tensor.device != self.device:
+                raise BackendError(f"{name}: is on {tensor.device}, layer 0 on {self.device}; move the model to one")
+        for i, layer in enumerate(self.layers):
+            if layer.device != self.device:
+                raise BackendError(f"layers: layer {i} is on {layer.device}, layer 0 on {self.device}")
+
+    @property
+    def sizes(self) -> Sizes:
+        return self.layers[0].sizes
+
+    @property
+    def device(self) -> torch.device:
+        return self.layers[0].device
+
+    @property
+    def matrices(self) -> list[Tensor]:
+        """The layers' projections, and the head if there is one."""
+        own = [m for w in self.layers for m in (w.in_proj, w.x_proj, w.dt_proj, w.out_proj)]
+        return own if self.head is None else [*own, self.head]
+
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Raise ArgumentError unless the weights make a language model and tokens are (batch,), at least one."""
+        if self.embedding is None or self.head is None or self.final_norm is None:
+            raise ArgumentError("embedding, final_norm: this decoder was made without them; use step_hidden")
+        if tokens.dim() != 1 or tokens.shape[0] == 0:
+            raise ArgumentError(f"tokens: got shape {tuple(tokens.shape)}, expected (batch,) with at least one")
+
+    def check_states(self, states: Sequence[tuple[Tensor, Tensor]], batch: int, kinds: Container[torch.dtype]) -> None:
+        """Raise ArgumentError unless there is one (conv_state, ssm_state) per layer that the kernels can update.
+
+        Args:
+            states: see the package's docstring.
+            batch: number of sequences.
+            kinds: the dtypes a conv_state may have.
+        """
+        s = self.sizes
+        if len(states) != len(self.layers):
+            raise ArgumentError(f"states: got {len(states)}, expected one for each of {len(self.layers)} layers")
+        conv_shape, ssm_shape = (batch, s.d_conv - 1, s.d_inner), (batch, s.d_inner, s.d_state)
+        for i, (conv, ssm) in enumerate(states):
+            if (
+                conv.shape != conv_shape
+                or conv.dtype not in kinds
+                or not conv.is_contiguous()
+                or conv.device != self.device
+            ):
+                raise ArgumentError(
+                    f"states: conv_state of layer {i} is {conv.dtype} {tuple(conv.shape)} on {conv.device} with "
+                    f"strides {conv.stride()}; expected {conv_shape} on {self.device}, contiguous, of "
+                    f"{' or '.join(str(kind).removeprefix('torch.') for kind in KINDS if kind in kinds)}"
+                )
+            if (
+                ssm.shape != ssm_shape
+                or ssm.dtype != torch.float32
+                or not ssm.is_contiguous()
+                or ssm.device != self.device
+            ):
+                raise ArgumentError(
+                    f"states: ssm_state of layer {i} is {ssm.dtype} {tuple(ssm.shape)} on {ssm.device} with strides "
+                    f"{ssm.stride()}; expected float32 {ssm_shape} on {self.device}, contiguous"
+                )
+
+
 def private_float32(tensor: Tensor) -> Tensor:
     """A contiguous float32 copy of its own memory."""
     return tensor.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
@@ -160,8 +276,6 @@ def private_float32(tensor: Tensor) -> Tensor:
 
 def check_readable(name: str, tensor: Tensor) -> None:
     """Raises `BackendError` unless the compiled step can read such a tensor, if need be through a copy."""
-    if tensor.device.type != "cpu":
-        raise BackendError(f"{name}: the compiled step runs on the CPU, the tensor is on {tensor.device}")
     if tensor.dtype not in KINDS and tensor.dtype != torch.float64:
         raise BackendError(f"{name}: got {tensor.dtype}, the compiled step takes real floating-point weights")
 
