@@ -23,9 +23,20 @@ def read_bandwidth(device: torch.device | str = "cpu", *, size: int = 2**28, rep
     return size / fastest
 
 
-def multiply_adds_per_second(device: torch.device | str = "cpu", *, size: int = 1024, repeats: int = 7) -> float:
-    """Float32 multiply-adds per second of a square matrix product, over all threads."""
-    a, b = torch.ones(size, size, device=device), torch.ones(size, size, device=device)
+def multiply_adds_per_second(
+    device: torch.device | str = "cpu",
+    *,
+    size: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    repeats: int = 7,
+) -> float:
+    """Multiply-adds per second of a square matrix product, over all threads or the whole GPU.
+
+    Args:
+        size: of the square; by default 1,024 on the CPU and 8,192 elsewhere, which fills a GPU.
+    """
+    size = size or (1024 if torch.device(device).type == "cpu" else 8192)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return size**3 / measure(lambda: a @ b, device, repeats=repeats).low
 
 
