@@ -34,10 +34,20 @@ def test_both_figures_of_every_batch() -> None:
         assert row.timing is not None
         assert row.place is not None
         assert row.value == pytest.approx(row.place * 4 / row.timing.median)
+        assert (row.bandwidth is None) == (row.of_floor is None) == row.series.startswith("prompt")
     first, whole = (next(row for row in points if row.series.startswith(name)) for name in ("generation", "prompt"))
     assert first.value is not None
     assert whole.value is not None
     assert first.value > whole.value
+
+
+def test_a_cache_is_read_and_a_state_is_written_too() -> None:
+    mamba = make_model(2, 64, 50, torch.float32, "cpu", 0)
+    attention = make_transformer(2, 64, 50, torch.float32, "cpu", 0)
+    weights = [4 * model.num_parameters() for model in (mamba, attention)]
+    # Keys and values of 11 tokens on average, and how many they are.
+    assert throughput._moved(mamba, (3, 10, 2)) == 2 * (weights[0] + 2 * mamba.state_bytes(3))
+    assert throughput._moved(attention, (3, 10, 2)) == 2 * (weights[1] + 3 * (11 * 2 * 64 * 4 + 8))
 
 
 def test_wrong_scores_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

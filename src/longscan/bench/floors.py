@@ -40,6 +40,25 @@ def multiply_adds_per_second(
     return size**3 / measure(lambda: a @ b, device, repeats=repeats).low
 
 
+class Rates:
+    """What a device can do, measured once for many rows.
+
+    Attributes:
+        bandwidth: bytes read per second.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._multiply_adds: dict[torch.dtype, float] = {}
+        self.bandwidth = read_bandwidth(device)
+
+    def multiply_adds(self, dtype: torch.dtype) -> float:
+        """Per second, of a large matrix product."""
+        if dtype not in self._multiply_adds:
+            self._multiply_adds[dtype] = multiply_adds_per_second(self._device, dtype=dtype)
+        return self._multiply_adds[dtype]
+
+
 def exponentials_per_second() -> float | None:
     """Exponentials (or reciprocals, logarithms) that the special-function units of the NVIDIA GPU here give.
 

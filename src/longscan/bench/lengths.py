@@ -42,8 +42,8 @@ def run(settings: Settings) -> Report:
     would take more than 5 seconds, judging by a shorter one; what has no room says so.
     """
     shapes = settings.shapes_of(AXES, *default_shapes(settings.device))
-    # Many settings, so a second for each contender in each is enough.
-    settings = replace(settings, budget=1.0 if settings.budget is None else settings.budget)
+    if settings.budget is None:
+        settings = replace(settings, budget=0.4 if settings.device == "cpu" else 1.0)
     rows: list[Row] = []
     for dtype in settings.dtypes_of("float32" if settings.device == "cpu" else "bfloat16"):
         sweep = _Sweep(dtype, settings)
@@ -58,7 +58,7 @@ class _Sweep:
 
     def __init__(self, dtype: str, settings: Settings) -> None:
         self._name, self._dtype, self._settings = dtype, DTYPES[dtype], settings
-        self._bandwidth = floors.read_bandwidth(settings.device)
+        self._rates = floors.Rates(settings.device)
         #: Of each phase: seconds of attention a multiply-add, and the backend that was fastest.
         self._attention: dict[str, tuple[float, SDPBackend | None]] = {}
         self._truths: dict[tuple[object, ...], tuple[Tensor, ...]] = {}
@@ -78,7 +78,7 @@ class _Sweep:
             ]
             contenders += [
                 self._careful(own, shape, phase)
-                for own in scan.other_contenders(shape, self._dtype, settings, phase, self._bandwidth)
+                for own in scan.other_contenders(shape, self._dtype, settings, phase, self._rates)
             ]
             group = describe(shape, self._name, phase=phase).replace("phase ", "")
             found = compare(
@@ -93,7 +93,7 @@ class _Sweep:
             )
             self._learn(found, shape, phase)
             found = [replace(row, series=f"{phase} {self._name}", place=shape[1]) for row in found]
-            bounds = scan.floor_rows(group, inputs, shape, phase, settings, self._bandwidth, _milliseconds)
+            bounds = scan.floor_rows(group, inputs, shape, phase, settings, self._rates, _milliseconds)
             rows += beside(found, bounds)
         return rows
 

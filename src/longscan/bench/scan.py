@@ -75,7 +75,7 @@ def _measure(shape: tuple[int, ...], dtype: str, settings: Settings) -> list[Row
     def to_value(seconds: float) -> float:
         return seconds * per_second
 
-    bandwidth = floors.read_bandwidth(settings.device)
+    rates = floors.Rates(settings.device)
     wide = {name: tensor.double() for name, tensor in inputs.items()}
     rows: list[Row] = []
     truths: dict[str, tuple[Tensor, ...]] = {}
@@ -88,7 +88,7 @@ def _measure(shape: tuple[int, ...], dtype: str, settings: Settings) -> list[Row
         contenders = [
             Contender(name, kind, preparation(build, inputs, phase)) for name, kind, build in contestants(settings)
         ]
-        contenders += other_contenders(shape, DTYPES[dtype], settings, phase, bandwidth)
+        contenders += other_contenders(shape, DTYPES[dtype], settings, phase, rates)
         found = compare(
             group,
             contenders,
@@ -99,7 +99,7 @@ def _measure(shape: tuple[int, ...], dtype: str, settings: Settings) -> list[Row
             graphs=True,
             moved=bytes_moved(inputs, phase),
         )
-        rows += beside(found, floor_rows(group, inputs, shape, phase, settings, bandwidth, to_value))
+        rows += beside(found, floor_rows(group, inputs, shape, phase, settings, rates, to_value))
     return rows
 
 
@@ -125,19 +125,18 @@ def contestants(settings: Settings) -> list[tuple[str, str, _Build]]:
 
 
 def other_contenders(
-    shape: tuple[int, ...], dtype: torch.dtype, settings: Settings, phase: str, bandwidth: float
+    shape: tuple[int, ...], dtype: torch.dtype, settings: Settings, phase: str, rates: floors.Rates
 ) -> list[Contender]:
-    """Attention and convolution over as many channels; `bandwidth` in bytes per second."""
+    """Attention and convolution over as many channels."""
     asked, device, found = settings.peers_of("attention", "convolution"), settings.device, []
     if "attention" in asked:
-        rate = floors.multiply_adds_per_second(device, dtype=others.attention_dtype(device, dtype))
         found.append(
             Contender(
                 "attention",
                 "other",
                 lambda: others.attention(shape, dtype, device, phase),
                 moved=others.attention_moved(shape, dtype, device, phase),
-                floor=others.attention_work(shape, phase) / rate,
+                floor=others.attention_work(shape, phase) / rates.multiply_adds(others.attention_dtype(device, dtype)),
                 note=f"something else: causal, heads of {others.head_width(shape[2])}, no projections",
             )
         )
@@ -149,7 +148,7 @@ def other_contenders(
                 "other",
                 lambda: others.convolution(shape, device, phase),
                 moved=moved,
-                floor=moved / bandwidth,
+                floor=moved / rates.bandwidth,
                 note="something else: one FFT of twice the length, no making of its kernel",
             )
         )
@@ -207,19 +206,19 @@ def floor_rows(
     shape: tuple[int, ...],
     phase: str,
     settings: Settings,
-    bandwidth: float,
+    rates: floors.Rates,
     to_value: Callable[[float], float],
 ) -> list[Row]:
-    """What nothing can beat: memory traffic (bytes per second `bandwidth`), and arithmetic."""
+    """What nothing can beat: memory traffic, and arithmetic."""
     batch, length, channels, state = shape
     note = "inputs read and output written once, at the speed memory is read"
     if phase != "forward":
         note = "inputs and gradients read and written once a pass, at the speed memory is read"
-    seconds = bytes_moved(inputs, phase) / bandwidth
+    seconds = bytes_moved(inputs, phase) / rates.bandwidth
     rows = [floor(group, "memory", seconds, to_value, note)]
     if settings.device == "cpu" and phase == "forward":
         work = batch * length * channels * state * _MULTIPLY_ADDS
-        seconds = work / floors.multiply_adds_per_second(settings.device)
+        seconds = work / rates.multiply_adds(torch.float32)
         note = f"{_MULTIPLY_ADDS} multiply-adds a state, at the rate of a matrix product"
         rows.append(floor(group, "arithmetic", seconds, to_value, note))
     if settings.device == "cuda" and (rate := floors.exponentials_per_second()) is not None:

@@ -18,7 +18,6 @@ from longscan.bench.contest import (
     DTYPES,
     TOLERANCE,
     Settings,
-    beside,
     describe,
     failure,
     floor,
@@ -91,13 +90,13 @@ def _sweep(
 ) -> list[Row]:
     """All batches of one size: contender after contender, so that a GPU holds one at a time."""
     found: dict[tuple[str, tuple[int, ...]], list[Row]] = {}
+    bounds: dict[tuple[int, ...], float] = {}
     contenders: list[tuple[str, str, _Make, _Build]] = [("longscan", "ours", make_model, OurGenerator)]
     peers: dict[str, tuple[str, _Make, _Build]] = {
         "mamba-ssm": ("peer", make_model, _MambaSSM),
         "transformer++": ("other", make_transformer, OurGenerator),
     }
     contenders += [(name, *peers[name]) for name in settings.peers_of(*peers)]
-    memory = [0.0] * len(loads)
     for name, kind, make, build in contenders:
         settings.progress(f"{size}: {name}")
         model = make(*size, DTYPES[dtype], settings.device, settings.seed)
@@ -114,12 +113,13 @@ def _sweep(
             continue
         except Exception as broken:
             note = failure(broken)
-        for place, load in enumerate(loads):
+        for load in loads:
             release(settings.device)
             settings.progress(f"{(*size, *load)}: {name}")
             groups = [describe((*size, *load), dtype, phase=phase).replace("phase ", "") for phase in _PHASES]
+            moved = _moved(model, load)
             if kind == "ours":
-                memory[place] = load[2] * (weight_bytes(model) + 2 * model.state_bytes(load[0])) / bandwidth
+                bounds[load] = moved / bandwidth
             rows = [Row(group, name, kind, error=error, note=note) for group in groups]
             if not note or kind == "other":
                 try:
@@ -127,20 +127,29 @@ def _sweep(
                 except Exception as broken:
                     rows = [dataclasses.replace(row, note=failure(broken)) for row in rows]
             for phase, row in zip(_PHASES, rows, strict=True):
+                if phase == "generation" and row.timing is not None:
+                    seconds = row.timing.median
+                    row = dataclasses.replace(row, bandwidth=moved / seconds, of_floor=moved / bandwidth / seconds)
                 row = dataclasses.replace(row, series=f"{phase}, {_title(size, dtype)}", place=load[0])
                 found.setdefault((phase, load), []).append(row)
         del model
         release(settings.device)
     result = []
     for phase in _PHASES:
-        for place, load in enumerate(loads):
-            rows = found[phase, load]
+        for load in loads:
+            result += found[phase, load]
             if phase == "generation":
-                note = "every weight read, every state read and written, once a token"
-                bound = floor(rows[0].group, "memory", memory[place], _rate(load), note)
-                rows = beside(rows, [bound])
-            result += rows
+                note = "every weight of ours read, every state read and written, once a token"
+                result.append(floor(result[-1].group, "memory", bounds[load], _rate(load), note))
     return result
+
+
+def _moved(model: LanguageModel, load: tuple[int, ...]) -> float:
+    """Bytes of a generation: every weight, and the state, which keys and values are only read of, but grow."""
+    batch, length, count = load
+    grows = model.state_bytes(batch, 1) > model.state_bytes(batch, 0)
+    state = model.state_bytes(batch, length + count // 2) * (1 if grows else 2)
+    return float(count * (weight_bytes(model) + state))
 
 
 def _title(size: tuple[int, ...], dtype: str) -> str:

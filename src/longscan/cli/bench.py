@@ -60,8 +60,8 @@ class Options:
     """Timed passes per contender; fewer where they take long."""
 
     budget: float | None = None
-    """Seconds after which a contender's next pass is not started; one slower than this is timed once. By default 10, in
-    lengths 1."""
+    """Seconds after which a contender's next pass is not started; one slower than this is timed once. By default 10,
+    less where there are many settings."""
 
     output: Path | None = None
     """The JSON file to write, with a figure beside it (.png). By default runs/bench/WHAT-DEVICE.json."""
