@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from longscan.bench import Settings, memory
-from longscan.bench.train import training_step
 
-SHAPE = (2, 64, 50, 2, 8)
+SIZE, LOADS = (2, 64, 50), [(1, 8), (2, 8), (3, 8)]
 
 
 @pytest.fixture
@@ -29,25 +28,31 @@ def meter(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 @pytest.mark.parametrize("name", ["longscan", "transformer++", "transformer++-compiled"])
 def test_a_second_step_is_measured(name: str, meter: list[Any]) -> None:
-    (row,) = memory.measure(name, SHAPE, "bfloat16", Settings())
-    assert (row.value, row.memory, row.place, row.timing) == (3.0, 3_000_000_000, 2, None), row.note
-    (loss, norm) = meter[0]
-    assert torch.isfinite(loss)
-    assert norm > 0
+    rows = memory.measure(name, SIZE, LOADS, "bfloat16", Settings())
+    assert [row.group for row in rows] == [f"(2, 64, 50, {batch}, 8) bfloat16" for batch in (1, 2, 3)]
+    for row in rows:
+        assert (row.value, row.memory, row.timing) == (3.0, 3_000_000_000, None), row.note
+    assert [row.place for row in rows] == [1, 2, 3]
+    for loss, norm in meter:
+        assert torch.isfinite(loss)
+        assert norm > 0
 
 
-def test_compiled_and_eager_take_the_same_step(meter: list[Any]) -> None:
+def test_compiled_and_eager_take_the_same_steps(meter: list[Any]) -> None:
     for name in ("transformer++", "transformer++-compiled"):
-        memory.measure(name, SHAPE, "float32", Settings())
-    torch.testing.assert_close(meter[0], meter[1])
+        memory.measure(name, SIZE, LOADS, "float32", Settings())
+    torch.testing.assert_close(meter[:3], meter[3:])
 
 
-def test_no_room_and_no_peer(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*arguments: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+def test_no_room_for_one_batch_and_no_peer(monkeypatch: pytest.MonkeyPatch, meter: list[Any]) -> None:
+    step = memory.Trainer.step
 
-    monkeypatch.setattr(memory, "training_step", full)
-    (row,) = memory.measure("longscan", SHAPE, "bfloat16", Settings())
-    assert (row.value, row.note) == (None, "out of memory")
-    assert memory.measure("mamba-ssm", SHAPE, "bfloat16", Settings()) == []
-    assert training_step is not full
+    def limited(self: memory.Trainer, tokens: torch.Tensor, targets: torch.Tensor) -> Any:
+        if tokens.shape[0] == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(self, tokens, targets)
+
+    monkeypatch.setattr(memory.Trainer, "step", limited)
+    rows = memory.measure("longscan", SIZE, LOADS, "bfloat16", Settings())
+    assert [(row.value, row.note) for row in rows] == [(3.0, ""), (None, "out of memory"), (3.0, "")]
+    assert memory.measure("mamba-ssm", SIZE, LOADS, "bfloat16", Settings()) == []

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from longscan.bench.contest import Settings, describe, failure, release
 from longscan.bench.models import make_model, make_transformer, shapes_of
 from longscan.bench.peers import mamba_ssm
 from longscan.bench.report import Report, Row
 from longscan.bench.timing import timed_with_memory
-from longscan.bench.train import Loss, compiled_loss, loss_by, make_batch, training_step
+from longscan.bench.train import Loss, Trainer, compiled_loss, loss_by, make_batch
 from longscan.errors import ArgumentError
 from longscan.models import LanguageModel
 
@@ -38,9 +40,9 @@ def run(settings: Settings) -> Report:
     rows: list[Row] = []
     for dtype in settings.dtypes_of("bfloat16"):
         for name in ("longscan", "longscan-compiled", *settings.peers_of(*_PEERS)):
-            for shape in shapes:
-                rows += measure(name, shape, dtype, settings)
-    # Measured contender by contender, so that each size of a compiled one follows the last; told batch by batch.
+            for size, same in groupby(shapes, key=lambda shape: shape[:3]):
+                rows += measure(name, size, [shape[3:] for shape in same], dtype, settings)
+    # Measured contender by contender, told batch by batch.
     groups = list(dict.fromkeys(row.group for row in rows))
     rows.sort(key=lambda row: groups.index(row.group))
     about = {"device": settings.device, "axes": AXES, "shapes": shapes}
@@ -66,32 +68,48 @@ _TRAINEES = {
 }
 
 
-def measure(name: str, shape: tuple[int, ...], dtype: str, settings: Settings) -> list[Row]:
-    """The row of one contender at one shape, or none where it is not installed."""
-    *size, batch, length = shape
-    own, group = _TRAINEES[name], describe(shape, dtype)
-    series = f"{size[0]} layers of {size[1]}, {length} tokens, {dtype}"
-    settings.progress(f"{group}: {name}")
+def measure(
+    name: str, size: tuple[int, ...], loads: Sequence[tuple[int, ...]], dtype: str, settings: Settings
+) -> list[Row]:
+    """The rows of one contender at one size, for each (batch, length); none where it is not installed.
+
+    One model takes them all, so that one that is compiled is compiled for any batch, not for each.
+    """
+    own = _TRAINEES[name]
     release(settings.device)
-    try:
-        peak = _peak(own, size, batch, length, dtype, settings)
-    except ImportError:
-        return []
-    except Exception as error:
-        return [Row(group, name, own.kind, note=failure(error), series=series, place=batch)]
-    finally:
-        release(settings.device)
-    note = "something else: attention" if own.kind == "other" else ""
-    return [Row(group, name, own.kind, value=peak / 1e9, note=note, memory=peak, series=series, place=batch)]
-
-
-def _peak(own: _Trainee, size: list[int], batch: int, length: int, dtype: str, settings: Settings) -> int:
     before = torch.cuda.memory_allocated()
-    model = own.build(own.make(*size, torch.float32, settings.device, settings.seed))
-    tokens, targets = make_batch(batch, length, size[2], settings)
-    step = training_step(model, own.loss(), tokens, targets, size[2], dtype)
+    trainer: Trainer | None = None
+    rows = []
+    for batch, length in loads:
+        row = Row(
+            describe((*size, batch, length), dtype),
+            name,
+            own.kind,
+            note="something else: attention" if own.kind == "other" else "",
+            series=f"{size[0]} layers of {size[1]}, {length} tokens, {dtype}",
+            place=batch,
+        )
+        settings.progress(f"{row.group}: {name}")
+        try:
+            if trainer is None:
+                model = own.build(own.make(*size, torch.float32, settings.device, settings.seed))
+                trainer = Trainer(model, own.loss(), size[2], dtype)
+            peak = _peak(trainer, *make_batch(batch, length, size[2], settings), settings.device, before)
+            rows.append(replace(row, value=peak / 1e9, memory=peak))
+        except ImportError:
+            return []
+        except Exception as error:
+            rows.append(replace(row, note=failure(error)))
+        gc.collect()
+        torch.cuda.empty_cache()
+    del trainer
+    release(settings.device)
+    return rows
+
+
+def _peak(trainer: Trainer, tokens: Tensor, targets: Tensor, device: str, before: int) -> int:
     # The first step compiles, and makes the moments that the second one finds.
-    step()
-    _, peak = timed_with_memory(step, settings.device, before)
+    trainer.step(tokens, targets)
+    _, peak = timed_with_memory(lambda: trainer.step(tokens, targets), device, before)
     assert peak is not None
     return peak

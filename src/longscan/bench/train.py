@@ -139,23 +139,36 @@ def compiled_loss() -> Loss:
         assert isinstance(model, LanguageModel)
         return model.loss(tokens, targets)
 
-    compiled: Loss = torch.compile(loss, dynamic=False)
+    compiled: Loss = torch.compile(loss)
     return compiled
 
 
-def training_step(model: nn.Module, loss: Loss, tokens: Tensor, targets: Tensor, vocabulary: int, dtype: str) -> Call:
-    """One step; gives the loss and the norm of the gradient, which the first pass is compared by."""
-    model.train().requires_grad_()
-    parameters = list(model.parameters())
-    optimiser = torch.optim.AdamW(parameters, lr=1e-4, fused=tokens.device.type in ("cpu", "cuda"))
+class Trainer:
+    """A model under training: float32 weights, fused AdamW, gradients clipped at a norm of 1.
 
-    def call() -> tuple[Tensor, ...]:
-        optimiser.zero_grad(set_to_none=True)
-        with torch.autocast(tokens.device.type, DTYPES[dtype], enabled=dtype != "float32"):
-            value = loss(model, tokens, targets, vocabulary)
+    Args:
+        dtype: autocast's, unless it is float32.
+    """
+
+    def __init__(self, model: nn.Module, loss: Loss, vocabulary: int, dtype: str) -> None:
+        self._model = model.train().requires_grad_()
+        self._loss, self._vocabulary, self._dtype = loss, vocabulary, dtype
+        self._parameters = list(model.parameters())
+        fused = self._parameters[0].device.type in ("cpu", "cuda")
+        self._optimiser = torch.optim.AdamW(self._parameters, lr=1e-4, fused=fused)
+
+    def step(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """One step; gives the loss and the norm of the gradient, which the first pass is compared by."""
+        self._optimiser.zero_grad(set_to_none=True)
+        with torch.autocast(tokens.device.type, DTYPES[self._dtype], enabled=self._dtype != "float32"):
+            value = self._loss(self._model, tokens, targets, self._vocabulary)
         value.backward()
-        norm = nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
+        norm = nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        self._optimiser.step()
         return value.detach(), norm.detach()
 
-    return call
+
+def training_step(model: nn.Module, loss: Loss, tokens: Tensor, targets: Tensor, vocabulary: int, dtype: str) -> Call:
+    """One step after the other over the same batch."""
+    trainer = Trainer(model, loss, vocabulary, dtype)
+    return lambda: trainer.step(tokens, targets)
