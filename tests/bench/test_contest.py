@@ -106,6 +106,7 @@ def test_what_is_compared_may_be_smaller_than_what_is_timed() -> None:
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
         MemoryError(),
+        RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
     ],
 )

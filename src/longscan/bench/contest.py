@@ -190,10 +190,14 @@ def compare(
     return [rows[contender.name] for contender in contenders if contender.name in rows]
 
 
+#: How allocators other than PyTorch's own for GPUs say it: that of the CPU, of the FFT, of matrix products.
+_NO_ROOM = ("DefaultCPUAllocator", "CUFFT_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
 def failure(error: Exception) -> str:
     """Why there is no figure, for a row's note."""
-    allocator = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or allocator:
+    named = isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_ROOM)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or named:
         return "out of memory"
     return f"fails: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
