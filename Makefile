@@ -37,7 +37,7 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	for what in scan block train prefill decode; do $(BIN)/longscan bench $$what || exit 1; done
+	for what in scan block train prefill decode lengths throughput; do $(BIN)/longscan bench $$what || exit 1; done
 
 doctor: $(STAMP)
 	$(BIN)/longscan doctor

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import tyro
 from rich.console import Console
 
 from longscan.bench import Settings, floors
@@ -19,7 +20,7 @@ SHAPES = {
     "block": (1, 8, 32),
     "train": (1, 32, 50, 2, 8),
     "prefill": (2, 32, 50, 12),
-    "decode": (2, 32, 50, 4),
+    "decode": (2, 32, 50, 1, 4),
 }
 
 
@@ -33,7 +34,15 @@ def test_runs_and_everyone_agrees(name: str) -> None:
     for row in report.rows:
         assert row.value is not None, f"{row.contender}: {row.note}"
         assert row.value > 0
-        assert row.kind == "floor" or row.error is not None
+        assert row.kind in ("floor", "other") or row.error is not None
+        assert row.memory is None  # there is no allocator to ask on the CPU
+    others = {"scan": ["attention", "convolution"], "train": ["transformer++"]}.get(name, [])
+    assert [row.contender for row in report.rows if row.kind == "other"] == others * len(report.groups())
+    ours = report.ours(report.groups()[0])
+    assert ours is not None
+    assert ours.of_floor is not None
+    assert ours.of_floor > 0
+    assert (ours.bandwidth is None) == (name == "train")
 
 
 @pytest.mark.parametrize("name", ["prefill", "decode", "block"])
@@ -41,6 +50,17 @@ def test_half_precision(name: str) -> None:
     settings = Settings(shapes=(SHAPES[name],), dtypes=("bfloat16",), peers=(), repeats=1, budget=0.2)
     report = importlib.import_module(f"longscan.bench.{name}").run(settings)
     assert report.failed == []
+
+
+def test_several_sequences_decode_together() -> None:
+    settings = Settings(shapes=((1, 32, 50, 3, 4),), dtypes=("float32",), repeats=1, budget=0.2)
+    report = importlib.import_module("longscan.bench.decode").run(settings)
+    values = {row.contender: row.value for row in report.rows}
+    assert "llama.cpp" not in values
+    assert all(values.values())
+    ours = report.rows[0]
+    assert ours.timing is not None
+    assert ours.value == pytest.approx(12 / ours.timing.median)
 
 
 def test_floors_count_what_they_say() -> None:
@@ -64,7 +84,17 @@ def test_command_writes_json_and_figure(tmp_path: Path) -> None:
     values = json.loads(output.read_text())
     assert values["bench"] == "scan"
     assert values["machine"]["threads"] == 1
-    assert {"group", "contender", "timing", "value", "error"} <= values["rows"][0].keys()
+    assert {"group", "contender", "timing", "value", "error", "memory"} <= values["rows"][0].keys()
+    assert values["rows"][0]["bandwidth"] > 0
+
+
+def test_command_reads_peers_and_sizes() -> None:
+    arguments = ["train", "--peers", "mamba-ssm", "transformer++", "--size", "130m", "1.4b", "--budget", "2"]
+    options = tyro.cli(command.Options, args=arguments)
+    assert options.peers == ("mamba-ssm", "transformer++")
+    assert options.size == ("130m", "1.4b")
+    assert (options.budget, options.alone) == (2.0, False)
+    assert tyro.cli(command.Options, args=["scan"]).peers is None
 
 
 @pytest.mark.parametrize(
@@ -74,6 +104,8 @@ def test_command_writes_json_and_figure(tmp_path: Path) -> None:
         (command.Options("scan", device="tape"), "device"),
         (command.Options("scan", threads=0), "threads"),
         (command.Options("scan", shape=("1,2",), device="cpu"), "expected 4 positive integers"),
+        (command.Options("memory", device="cpu"), "NVIDIA GPUs"),
+        (command.Options("train", shape=("1,8,9,1,2",), size=("130m",), device="cpu"), "leave one of the two out"),
     ],
 )
 def test_bad_options_are_named(options: command.Options, message: str) -> None:

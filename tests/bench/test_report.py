@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from longscan.bench import Report, Row, Timing, summary
 from longscan.errors import DataError
 from longscan.plots.bench import plot_bench
+from longscan.plots.lines import draw_lines
 
 
 def make_report(higher_is_better: bool = False) -> Report:
@@ -56,6 +58,33 @@ def test_figure_is_a_png(tmp_path: Path, rows: slice) -> None:
     path = Report("scan", "ms", False, report.rows[rows]).save(tmp_path / "report.json")
     figure = plot_bench(path, tmp_path / "report.png")
     assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("bench", ["lengths", "throughput", "memory"])
+def test_figure_of_lines(tmp_path: Path, bench: str) -> None:
+    rows = []
+    for place in (512, 1024):
+        for name, kind, value in (("longscan", "ours", 1.0), ("attention", "other", place / 256), ("x", "peer", None)):
+            timing = None if bench == "memory" or value is None else Timing(value, value, value, 1)
+            rows.append(Row(f"g {place}", name, kind, timing, value, series="forward", place=place))
+        rows.append(Row(f"g {place}", "floor: memory", "floor", Timing(0.5, 0.5, 0.5, 1), 0.5))
+    report = Report(bench, "ms", bench == "throughput", rows)
+    path = report.save(tmp_path / "report.json")
+    assert Report.load(path) == report
+    canvas = draw_lines(json.loads(path.read_text()))
+    (panel,) = canvas.axes
+    assert [line.get_label() for line in panel.lines] == ["longscan", "attention"]
+    # At 1,024 the other's value is 4.
+    assert [text.get_text().strip() for text in panel.texts] == ["0.25x" if bench == "throughput" else "4x"]
+    assert plot_bench(path, tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_summary_keeps_what_is_something_else_apart() -> None:
+    report = make_report()
+    report.rows.append(Row("g", "attention", "other", Timing(0.1, 0.1, 0.1, 5), 0.1, bandwidth=1e9, memory=5))
+    lines = summary.markdown([report]).splitlines()
+    assert lines[2] == "| | unit | longscan | transformers | mambapy | attention | floor |"
+    assert lines[4] == "| scan g | ms | **2** | 8 |  | *0.1* | 1 |"
 
 
 def test_summary_is_a_table_in_its_place() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from longscan.errors import ArgumentError
 from longscan.mixers import Attention
@@ -65,3 +66,20 @@ def test_ragged_states_join() -> None:
 def test_options_that_make_no_sense(options: dict[str, int]) -> None:
     with pytest.raises(ArgumentError):
         Attention(8, **options)
+
+
+def test_a_prompt_into_an_empty_state_needs_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    masks = []
+    attend = Attention._attend
+
+    def spy(self: Attention, queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None) -> Tensor:
+        masks.append(visible is not None)
+        return attend(self, queries, keys, values, visible)
+
+    monkeypatch.setattr(Attention, "_attend", spy)
+    mixer, x = Attention(8, n_heads=2), torch.randn(2, 6, 8)
+    whole, _ = mixer(x)
+    first, state = mixer(x[:, :4], mixer.initial_state(2))
+    second, _ = mixer(x[:, 4:], state)
+    torch.testing.assert_close(torch.cat([first, second], 1), whole)
+    assert masks == [False, False, True]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from longscan import ops
 from longscan.bench import floors
-from longscan.bench.contest import DTYPES, Call, Contender, Settings, compare, describe, floor
+from longscan.bench.contest import DTYPES, Call, Contender, Settings, beside, compare, describe, floor
 from longscan.bench.peers import huggingface, mamba_ssm, mambapy
 from longscan.bench.report import Report, Row
 from longscan.mixers import Mamba
@@ -50,13 +50,17 @@ def _measure(shape: tuple[int, ...], dtype: str, settings: Settings) -> list[Row
             Contender(name, kind, _preparation(build, mixer, x, backward))
             for name, kind, build in _contestants(settings)
         ]
-        rows += compare(group, contenders, truth, settings, dtype=DTYPES[dtype], to_value=_milliseconds)
+        # Weights, input and output; backward, the first two again, the output's gradient and theirs.
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in mixer.parameters())
+        activations = x.numel() * x.element_size()
+        moved = 3 * weights + 5 * activations if backward else weights + 2 * activations
+        found = compare(group, contenders, truth, settings, dtype=DTYPES[dtype], to_value=_milliseconds, moved=moved)
         products = floors.mamba_products(batch * length, d_model)
         if backward:
             # Each product has two more behind it, for its input and for its weight.
             products += [(m, n, k) for m, k, n in products] + [(n, m, k) for m, k, n in products]
         timing = floors.matrix_products(products, DTYPES[dtype], settings.device, repeats=settings.repeats)
-        rows.append(floor(group, "products", timing, _milliseconds, "its matrix products alone"))
+        rows += beside(found, [floor(group, "products", timing, _milliseconds, "its matrix products alone")])
     return rows
 
 
@@ -65,16 +69,15 @@ _Build = Callable[[Mamba], _Block]
 
 
 def _contestants(settings: Settings) -> list[tuple[str, str, _Build]]:
+    peers: dict[str, _Build] = {
+        "reference": lambda mixer: _of(mixer, "reference"),
+        "transformers": _first(huggingface.block),
+        "mambapy": _first(mambapy.block),
+        "mamba-ssm": _first(mamba_ssm.block),
+    }
+    asked = settings.peers_of(*peers, slow_on_gpu=("reference", "transformers"))
     found: list[tuple[str, str, _Build]] = [("longscan", "ours", lambda mixer: _of(mixer, "auto"))]
-    if "reference" in settings.peers:
-        found.append(("reference", "peer", lambda mixer: _of(mixer, "reference")))
-    if "transformers" in settings.peers:
-        found.append(("transformers", "peer", _first(huggingface.block)))
-    if "mambapy" in settings.peers:
-        found.append(("mambapy", "peer", _first(mambapy.block)))
-    if "mamba-ssm" in settings.peers:
-        found.append(("mamba-ssm", "peer", _first(mamba_ssm.block)))
-    return found
+    return found + [(name, "peer", peers[name]) for name in asked]
 
 
 def _of(mixer: Mamba, backend: str) -> _Block:

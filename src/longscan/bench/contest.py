@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import gc
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from longscan.bench.report import Row
-from longscan.bench.timing import Replays, Timing, measure_in_turn, synchronise, timed
+from longscan.bench.timing import Replays, Timing, measure_in_turn, synchronise, timed, timed_with_memory
 from longscan.errors import ArgumentError
 
-#: Peers that `--peers` can name; see `longscan.bench.peers`.
-PEERS = ("reference", "transformers", "mambapy", "llama.cpp", "mamba-ssm")
+#: Whom `--peers` can name: the definition and the plain parallel scan, packages (`longscan.bench.peers`), and what does
+#: something else over the same shape (`longscan.bench.others`, `longscan.bench.models`).
+PEERS = (
+    "reference",
+    "unfused",
+    "transformers",
+    "mambapy",
+    "llama.cpp",
+    "mamba-ssm",
+    "attention",
+    "convolution",
+    "transformer++",
+    "transformer++-compiled",
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -26,21 +39,30 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
 
+#: Seconds for each contender in a setting, where neither the user nor the benchmark says otherwise.
+DEFAULT_BUDGET = 10.0
+
+
 @dataclass(frozen=True)
 class Settings:
-    """What every benchmark is told. `shapes` and `dtypes` of None mean its own defaults."""
+    """What every benchmark is told. `shapes`, `dtypes`, `peers` and `budget` of None mean its own defaults.
+
+    `sizes` are names of `longscan.bench.models.SIZES`, for the benchmarks of whole models: their default shapes with
+    the layers and the width of those.
+    """
 
     device: str = "cpu"
     shapes: tuple[tuple[int, ...], ...] | None = None
+    sizes: tuple[str, ...] | None = None
     dtypes: tuple[str, ...] | None = None
-    peers: tuple[str, ...] = PEERS
+    peers: tuple[str, ...] | None = None
     repeats: int = 20
-    budget: float = 10.0
+    budget: float | None = None
     seed: int = 0
     progress: Callable[[str], None] = lambda message: None
 
     def __post_init__(self) -> None:
-        for name in self.peers:
+        for name in self.peers or ():
             if name not in PEERS:
                 raise ArgumentError(f"peers: got {name!r}; allowed are {', '.join(PEERS)}")
         for name in self.dtypes or ():
@@ -62,6 +84,17 @@ class Settings:
         """The names of dtypes asked for, else `defaults`."""
         return self.dtypes or defaults
 
+    def peers_of(self, *possible: str, slow_on_gpu: Sequence[str] = (), on_request: Sequence[str] = ()) -> list[str]:
+        """Those of `possible` that were asked for, in their order.
+
+        Where nothing was asked for, all but those `on_request`, and on an accelerator but those that would walk the
+        time steps one by one there.
+        """
+        if self.peers is not None:
+            return [name for name in possible if name in self.peers]
+        left_out = {*on_request, *(() if self.device == "cpu" else slow_on_gpu)}
+        return [name for name in possible if name not in left_out]
+
 
 #: One pass; what it returns is compared with the definition's, output by output.
 Call = Callable[[], tuple[Tensor, ...]]
@@ -71,23 +104,39 @@ Call = Callable[[], tuple[Tensor, ...]]
 class Contender:
     """Somebody who does the work.
 
-    `prepare` builds whatever is needed and returns the call that is timed, which returns the outputs that are compared.
-    It raises ImportError when the peer is not installed or not for this device: the contender is then left out.
+    Attributes:
+        kind: "ours", "peer", or "other" for one that computes something else over the same shape; its outputs are not
+            compared.
+        prepare: builds whatever is needed and returns the call that is timed, which returns the outputs that are
+            compared. It raises ImportError when the peer is not installed or not for this device: the contender is then
+            left out. An attribute `note` of the call is said beside its figure.
+        check: likewise for the call whose outputs are compared, where that is a smaller one than what is timed.
+        moved: bytes that a pass has to move, read or written; None: those of its group.
+        floor: seconds that nothing can beat, for an "other", which does not share its group's floors.
+        note: what to know of its figure.
+        skip: why it is not run; it gets a row that says so.
     """
 
     name: str
     kind: str
     prepare: Callable[[], Call]
+    check: Callable[[], Call] | None = None
+    moved: float | None = None
+    floor: float | None = None
+    note: str = ""
+    skip: str = ""
 
 
 @dataclass(frozen=True)
 class _Ready:
-    """A contender whose outputs are right, and how long a pass took it."""
+    """A contender whose outputs are right, how long a pass took it, and the most memory it held meanwhile."""
 
     contender: Contender
     call: Callable[[], Any]
     first: float
-    error: float
+    error: float | None
+    memory: int | None
+    note: str
 
 
 def compare(
@@ -99,29 +148,36 @@ def compare(
     dtype: torch.dtype,
     to_value: Callable[[float], float],
     graphs: bool = False,
+    moved: float | None = None,
+    whole: bool = False,
 ) -> list[Row]:
     """Builds each contender, compares its first pass with `truth`, then times those that are right.
 
     On the CPU they take turns, so that a slow stretch of the machine meets them all. On a GPU, whose
     memory may not hold them all, each is timed before the next one is built. One that is not installed is left out; one
-    that fails or gives other numbers gets a row that says so.
+    that fails, has no room or gives other numbers gets a row that says so.
 
     Args:
         to_value: seconds per call to the report's unit.
-        graphs: on NVIDIA GPUs, time passes captured in a CUDA graph, without their launches.
+        graphs: on NVIDIA GPUs, time passes of less than 50 ms captured in a CUDA graph, without their launches.
+        moved: bytes that a pass has to move, where the contender does not say otherwise.
+        whole: peak memory counts what the contender built as well (weights, optimiser), not a pass alone.
     """
     rows: dict[str, Row] = {}
     ready: list[_Ready] = []
     for contender in contenders:
+        if contender.skip:
+            rows[contender.name] = Row(group, contender.name, contender.kind, note=contender.skip)
+            continue
         settings.progress(f"{group}: {contender.name}")
+        contender = replace(contender, moved=moved if contender.moved is None else contender.moved)
         try:
             with _capturable(graphs and settings.device == "cuda") as captures:
-                found = _first_pass(group, contender, truth, settings, dtype, captures)
+                found = _first_pass(group, contender, truth, settings, dtype, captures, whole)
         except Exception as error:  # a peer may break in any way; its row says how
             if isinstance(error, ImportError) and contender.kind == "peer":
                 continue
-            note = f"fails: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            found = Row(group, contender.name, contender.kind, note=note)
+            found = Row(group, contender.name, contender.kind, note=failure(error))
         if isinstance(found, Row):
             rows[contender.name] = found
         elif settings.device == "cpu":
@@ -129,9 +185,30 @@ def compare(
         else:
             rows.update(_timed_rows(group, [found], settings, to_value))
         del found
-        gc.collect()
+        release(settings.device)
     rows.update(_timed_rows(group, ready, settings, to_value))
     return [rows[contender.name] for contender in contenders if contender.name in rows]
+
+
+#: How allocators other than PyTorch's own for GPUs say it: that of the CPU, of the FFT, of matrix products.
+_NO_ROOM = ("DefaultCPUAllocator", "CUFFT_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def failure(error: Exception) -> str:
+    """Why there is no figure, for a row's note."""
+    named = isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_ROOM)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or named:
+        return "out of memory"
+    return f"fails: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def release(device: str) -> None:
+    """Gives back the memory of what is no longer used, so that the next contender has all there is."""
+    gc.collect()
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()  # Compiled functions hold on to what they were compiled for.
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 @contextmanager
@@ -158,15 +235,29 @@ def _timed_rows(
         [one.call for one in ready],
         settings.device,
         repeats=settings.repeats,
-        budget=settings.budget,
+        budget=DEFAULT_BUDGET if settings.budget is None else settings.budget,
         firsts=[one.first for one in ready],
     )
     rows = {}
     for one, timing in zip(ready, timings, strict=True):
-        note = "one pass" if timing.samples == 1 else ""
-        name, kind = one.contender.name, one.contender.kind
-        rows[name] = Row(group, name, kind, timing, to_value(timing.median), one.error, note)
+        own = one.contender
+        rows[own.name] = Row(
+            group,
+            own.name,
+            own.kind,
+            timing,
+            to_value(timing.median),
+            one.error,
+            "; ".join(note for note in (own.note, one.note, "one pass" if timing.samples == 1 else "") if note),
+            bandwidth=None if own.moved is None else own.moved / timing.median,
+            of_floor=None if own.floor is None else own.floor / timing.median,
+            memory=one.memory,
+        )
     return rows
+
+
+#: A pass that takes longer than this is not captured in a graph: its launches are hidden behind its work.
+_CAPTURED_BELOW = 0.05
 
 
 def _first_pass(
@@ -176,24 +267,48 @@ def _first_pass(
     settings: Settings,
     dtype: torch.dtype,
     graphs: bool,
+    whole: bool,
 ) -> Row | _Ready:
+    before = torch.cuda.memory_allocated() if whole and settings.device == "cuda" else None
+    error = None
+    if contender.check is not None and contender.kind != "other":
+        error = _largest_error(contender.check()(), truth)
+        if settings.device != "cpu":
+            release(settings.device)
+        if not error <= TOLERANCE[dtype]:
+            return _wrong(group, contender, error, dtype)
     call = contender.prepare()
     start = time.perf_counter()
     outputs = call()
     synchronise(settings.device)
     first = time.perf_counter() - start
-    error = max(relative_error(output, expected) for output, expected in zip(outputs, truth, strict=True))
+    if error is None and contender.kind != "other":
+        error = _largest_error(outputs, truth)
     del outputs
-    if not error <= TOLERANCE[dtype]:
-        note = f"not timed: its output differs from the definition's by {error:.1e}, allowed {TOLERANCE[dtype]:.0e}"
-        return Row(group, contender.name, contender.kind, error=error, note=note)
+    if error is not None and not error <= TOLERANCE[dtype]:
+        return _wrong(group, contender, error, dtype)
+    memory = None
     # A slow peer's first pass may be its only one; ours, and any on a GPU, compiles in it.
     if contender.kind == "ours" or settings.device != "cpu":
-        first = timed(call, settings.device)
-    if graphs:
-        replays = Replays(call, first)
-        return _Ready(contender, replays, timed(replays, settings.device), error)
-    return _Ready(contender, call, first, error)
+        first, memory = timed_with_memory(call, settings.device, before)
+    note = getattr(call, "note", "")
+    if graphs and first < _CAPTURED_BELOW:
+        try:
+            replays = Replays(call, first)
+            return _Ready(contender, replays, timed(replays, settings.device), error, memory, note)
+        except Exception:  # not everybody can be captured
+            torch.cuda.synchronize()
+            note = "; ".join(filter(None, (note, "launches included")))
+    return _Ready(contender, call, first, error, memory, note)
+
+
+def _wrong(group: str, contender: Contender, error: float, dtype: torch.dtype) -> Row:
+    note = f"not timed: its output differs from the definition's by {error:.1e}, allowed {TOLERANCE[dtype]:.0e}"
+    return Row(group, contender.name, contender.kind, error=error, note=note)
+
+
+def _largest_error(outputs: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> float:
+    return max(relative_error(output, expected) for output, expected in zip(outputs, truth, strict=True))
 
 
 def floor(group: str, name: str, timing: Timing | float, to_value: Callable[[float], float], note: str = "") -> Row:
@@ -201,6 +316,18 @@ def floor(group: str, name: str, timing: Timing | float, to_value: Callable[[flo
     if not isinstance(timing, Timing):
         timing = Timing(timing, timing, timing, 1)
     return Row(group, f"floor: {name}", "floor", timing, to_value(timing.median), note=note)
+
+
+def beside(rows: Sequence[Row], floors: Sequence[Row]) -> list[Row]:
+    """Rows of one group and then its floors; each row that does the group's work says what part of its time is the
+    floor's: the slowest one, which binds."""
+    bound = max((own.timing.median for own in floors if own.timing is not None), default=None)
+    found = []
+    for row in rows:
+        if bound is not None and row.timing is not None and row.kind != "other":
+            row = replace(row, of_floor=bound / row.timing.median)
+        found.append(row)
+    return [*found, *floors]
 
 
 def relative_error(output: Tensor, truth: Tensor) -> float:

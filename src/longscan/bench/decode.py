@@ -9,42 +9,45 @@ from torch import Tensor
 
 from longscan import ops
 from longscan.bench import floors
-from longscan.bench.contest import DTYPES, Call, Contender, Settings, compare, describe, floor
-from longscan.bench.models import exact, make_model, random_tokens, weight_bytes
+from longscan.bench.contest import DTYPES, Call, Contender, Settings, beside, compare, describe, floor
+from longscan.bench.models import exact, make_model, random_tokens, shapes_of, weight_bytes
 from longscan.bench.peers import huggingface, llama_cpp, mamba_ssm, mambapy
 from longscan.bench.report import Report, Row
 from longscan.models import LanguageModel
 from longscan.models.decoding import make_stepper
 
-AXES = "layers,d_model,vocabulary,tokens"
+AXES = "layers,d_model,vocabulary,batch,tokens"
 
 
 def run(settings: Settings) -> Report:
-    """The 130M model, 64 tokens one by one from an empty past, one sequence, in tokens per second.
+    """The 130M model, 64 tokens one by one from an empty past, in tokens per second over all sequences.
 
-    Everyone is fed the same tokens, and the last scores are compared with those of the definition over the whole
-    sequence at once. Choosing a token from the scores is not part of the time.
+    One sequence, on a GPU also 128 of them. Everyone is fed the same tokens, and the last scores are compared with
+    those of the definition over the whole sequence at once. Choosing a token from the scores is not part of the time.
+    mamba-ssm decodes as its own `generate(..., cg=True)` does: one token is one replay of its CUDA graph.
     """
-    shapes = settings.shapes_of(AXES, (24, 768, 50277, 64))
+    on_cpu = settings.device == "cpu"
+    batches = (1,) if on_cpu else (1, 128)
+    shapes = shapes_of(settings, AXES, *((24, 768, 50277, batch, 64) for batch in batches))
     rows: list[Row] = []
     bandwidth = floors.read_bandwidth(settings.device)
     for shape in shapes:
-        for dtype in settings.dtypes_of("float32", "bfloat16"):
+        for dtype in settings.dtypes_of(*(("float32", "bfloat16") if on_cpu else ("bfloat16",))):
             rows += _measure(shape, dtype, settings, bandwidth)
     about = {"device": settings.device, "axes": AXES, "shapes": shapes, "bandwidth": bandwidth}
     return Report("decode", "tokens/s", higher_is_better=True, rows=rows, settings=about)
 
 
 def _measure(shape: tuple[int, ...], dtype: str, settings: Settings, bandwidth: float) -> list[Row]:
-    layers, d_model, vocabulary, count = shape
+    layers, d_model, vocabulary, batch, count = shape
     model = make_model(layers, d_model, vocabulary, DTYPES[dtype], settings.device, settings.seed)
-    tokens = random_tokens(count, vocabulary, settings.seed).to(settings.device)
+    tokens = random_tokens(batch * count, vocabulary, settings.seed).view(batch, count).to(settings.device)
     group = describe(shape, dtype)
     with torch.no_grad(), ops.backend("reference"):
-        truth = exact(model)(tokens[None], last_only=True)[0]
+        truth = exact(model)(tokens, last_only=True)[0]
 
     def to_value(seconds: float) -> float:
-        return count / seconds
+        return batch * count / seconds
 
     contenders = [Contender("longscan", "ours", lambda: _ours(model, tokens))]
     peers: dict[str, Callable[[], Call]] = {
@@ -54,12 +57,13 @@ def _measure(shape: tuple[int, ...], dtype: str, settings: Settings, bandwidth: 
         "llama.cpp": lambda: _llama_cpp(model, tokens),
         "mamba-ssm": lambda: _mamba_ssm(model, tokens),
     }
-    contenders += [Contender(name, "peer", peers[name]) for name in settings.peers]
-    rows = compare(group, contenders, (truth,), settings, dtype=DTYPES[dtype], to_value=to_value)
+    contenders += [Contender(name, "peer", peers[name]) for name in settings.peers_of(*peers)]
+    moved = count * (weight_bytes(model) + 2 * model.state_bytes(batch))
+    rows = compare(group, contenders, (truth,), settings, dtype=DTYPES[dtype], to_value=to_value, moved=moved)
     # Measured again: other work on the machine may have slowed the first time.
     bandwidth = max(bandwidth, floors.read_bandwidth(settings.device))
-    seconds = count * weight_bytes(model) / bandwidth
-    return [*rows, floor(group, "weights", seconds, to_value, "every weight read once a token")]
+    note = "every weight read, every state read and written, once a token"
+    return beside(rows, [floor(group, "memory", moved / bandwidth, to_value, note)])
 
 
 def _ours(model: LanguageModel, tokens: Tensor) -> Call:
@@ -67,9 +71,9 @@ def _ours(model: LanguageModel, tokens: Tensor) -> Call:
 
     @torch.no_grad()
     def call() -> tuple[Tensor, ...]:
-        state = model.initial_state(1)
-        for token in tokens:
-            logits, state = stepper.step(token[None], state)
+        state = model.initial_state(tokens.shape[0])
+        for column in tokens.unbind(1):
+            logits, state = stepper.step(column, state)
         return (logits,)
 
     return call
@@ -78,10 +82,10 @@ def _ours(model: LanguageModel, tokens: Tensor) -> Call:
 def _reference(model: LanguageModel, tokens: Tensor) -> Call:
     @torch.no_grad()
     def call() -> tuple[Tensor, ...]:
-        state = model.initial_state(1)
+        state = model.initial_state(tokens.shape[0])
         with ops.backend("reference"):
-            for token in tokens:
-                logits, state = model.step(token[None], state)
+            for column in tokens.unbind(1):
+                logits, state = model.step(column, state)
         return (logits,)
 
     return call
@@ -92,9 +96,9 @@ def _transformers(model: LanguageModel, tokens: Tensor) -> Call:
 
     @torch.no_grad()
     def call() -> tuple[Tensor, ...]:
-        logits, state = huggingface.prefill(peer, tokens[None, :1])
-        for token in tokens[1:]:
-            logits, state = huggingface.decode(peer, token[None], state)
+        logits, state = huggingface.prefill(peer, tokens[:, :1])
+        for column in tokens[:, 1:].unbind(1):
+            logits, state = huggingface.decode(peer, column, state)
         return (logits[:, :vocabulary],)
 
     return call
@@ -106,36 +110,36 @@ def _mambapy(model: LanguageModel, tokens: Tensor) -> Call:
     @torch.no_grad()
     def call() -> tuple[Tensor, ...]:
         state = None
-        for token in tokens:
-            logits, state = mambapy.decode(peer, token[None], state)
+        for column in tokens.unbind(1):
+            logits, state = mambapy.decode(peer, column, state)
         return (logits[:, :vocabulary],)
 
     return call
 
 
 def _llama_cpp(model: LanguageModel, tokens: Tensor) -> Call:
-    if model.device.type != "cpu":
-        raise ImportError("llama.cpp is compared on the CPU only")
-    peer = llama_cpp.Model(model, context=tokens.shape[0], threads=torch.get_num_threads())
+    if model.device.type != "cpu" or tokens.shape[0] != 1:
+        raise ImportError("llama.cpp is compared on the CPU only, with one sequence")
+    peer = llama_cpp.Model(model, context=tokens.shape[1], threads=torch.get_num_threads())
     vocabulary = model.config.vocab_size
 
     def call() -> tuple[Tensor, ...]:
         peer.reset()
-        for token in tokens:
-            logits = peer.decode(token[None])
+        for column in tokens.unbind(1):
+            logits = peer.decode(column)
         return (logits[:, :vocabulary],)
 
     return call
 
 
 def _mamba_ssm(model: LanguageModel, tokens: Tensor) -> Call:
-    peer, vocabulary = mamba_ssm.language_model(model).eval(), model.config.vocab_size
+    decoder = mamba_ssm.Decoder(mamba_ssm.language_model(model).eval(), *tokens.shape)
+    vocabulary = model.config.vocab_size
 
-    @torch.no_grad()
     def call() -> tuple[Tensor, ...]:
-        logits, state = mamba_ssm.prefill(peer, tokens[None, :1], max_length=tokens.shape[0])
-        for token in tokens[1:]:
-            logits, state = mamba_ssm.decode(peer, token[None], state)
+        decoder.reset()
+        for column in tokens.unbind(1):
+            logits = decoder.step(column)
         return (logits[:, :vocabulary],)
 
     return call

@@ -23,10 +23,40 @@ def read_bandwidth(device: torch.device | str = "cpu", *, size: int = 2**28, rep
     return size / fastest
 
 
-def multiply_adds_per_second(device: torch.device | str = "cpu", *, size: int = 1024, repeats: int = 7) -> float:
-    """Float32 multiply-adds per second of a square matrix product, over all threads."""
-    a, b = torch.ones(size, size, device=device), torch.ones(size, size, device=device)
+def multiply_adds_per_second(
+    device: torch.device | str = "cpu",
+    *,
+    size: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    repeats: int = 7,
+) -> float:
+    """Multiply-adds per second of a square matrix product, over all threads or the whole GPU.
+
+    Args:
+        size: of the square; by default 1,024 on the CPU and 8,192 elsewhere, which fills a GPU.
+    """
+    size = size or (1024 if torch.device(device).type == "cpu" else 8192)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return size**3 / measure(lambda: a @ b, device, repeats=repeats).low
+
+
+class Rates:
+    """What a device can do, measured once for many rows.
+
+    Attributes:
+        bandwidth: bytes read per second.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._multiply_adds: dict[torch.dtype, float] = {}
+        self.bandwidth = read_bandwidth(device)
+
+    def multiply_adds(self, dtype: torch.dtype) -> float:
+        """Per second, of a large matrix product."""
+        if dtype not in self._multiply_adds:
+            self._multiply_adds[dtype] = multiply_adds_per_second(self._device, dtype=dtype)
+        return self._multiply_adds[dtype]
 
 
 def exponentials_per_second() -> float | None:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from longscan import ops
 from longscan.bench import floors
-from longscan.bench.contest import DTYPES, Call, Contender, Settings, compare, describe, floor
-from longscan.bench.models import exact, make_model, products, random_tokens
+from longscan.bench.contest import DTYPES, Call, Contender, Settings, beside, compare, describe, floor
+from longscan.bench.models import exact, make_model, products, random_tokens, shapes_of, weight_bytes
 from longscan.bench.peers import huggingface, llama_cpp, mamba_ssm, mambapy
 from longscan.bench.report import Report, Row
 from longscan.models import LanguageModel
@@ -20,7 +20,7 @@ AXES = "layers,d_model,vocabulary,tokens"
 
 def run(settings: Settings) -> Report:
     """The 130M model over 512 and 2,048 tokens, in seconds."""
-    shapes = settings.shapes_of(AXES, (24, 768, 50277, 512), (24, 768, 50277, 2048))
+    shapes = shapes_of(settings, AXES, (24, 768, 50277, 512), (24, 768, 50277, 2048))
     rows: list[Row] = []
     for shape in shapes:
         for dtype in settings.dtypes_of("float32", "bfloat16"):
@@ -48,10 +48,13 @@ def _measure(shape: tuple[int, ...], dtype: str, settings: Settings) -> list[Row
         "llama.cpp": lambda: _llama_cpp(model, tokens),
         "mamba-ssm": lambda: _mamba_ssm(model, tokens),
     }
-    contenders += [Contender(name, "peer", peers[name]) for name in settings.peers]
-    rows = compare(group, contenders, truth, settings, dtype=DTYPES[dtype], to_value=float)
+    asked = settings.peers_of(*peers, slow_on_gpu=("reference", "transformers"))
+    contenders += [Contender(name, "peer", peers[name]) for name in asked]
+    # Every weight once, and a residual stream that each layer reads and writes at least.
+    moved = weight_bytes(model) + 2 * layers * count * d_model * DTYPES[dtype].itemsize
+    rows = compare(group, contenders, truth, settings, dtype=DTYPES[dtype], to_value=float, moved=moved)
     timing = floors.matrix_products(products(model, count), DTYPES[dtype], settings.device)
-    return [*rows, floor(group, "products", timing, float, "its matrix products alone")]
+    return beside(rows, [floor(group, "products", timing, float, "its matrix products alone")])
 
 
 def _ours(model: LanguageModel, tokens: Tensor, backend: str) -> Call:

@@ -21,8 +21,14 @@ class Row:
     """One contender in one setting.
 
     `group` names what is compared with one another (setting, dtype, phase). `value` is the median in the report's unit.
-    `kind` is "ours", "peer" or "floor". `error` is the relative difference (root mean square) of its output from the
-    definition's. `note` says why there is no figure, or what to know of it.
+    `kind` is "ours", "peer", "other" (it computes something else over the same shape) or "floor". `error` is the
+    relative difference (root mean square) of its output from the definition's. `note` says why there is no figure, or
+    what to know of it.
+
+    `bandwidth` is the bytes that the work has to move over the time (bytes per second), `of_floor` the part of its time
+    that the slowest floor would take, `memory` the bytes that were allocated at the peak of a pass beyond what was
+    there before (NVIDIA GPUs; None elsewhere). `series` and `place` say where it stands in a figure of lines: the
+    panel, and the length or the batch.
     """
 
     group: str
@@ -32,6 +38,11 @@ class Row:
     value: float | None = None
     error: float | None = None
     note: str = ""
+    bandwidth: float | None = None
+    of_floor: float | None = None
+    memory: int | None = None
+    series: str = ""
+    place: int | None = None
 
 
 @dataclass(frozen=True)

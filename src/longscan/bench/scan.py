@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from longscan.bench import floors
-from longscan.bench.contest import DTYPES, Call, Contender, Settings, compare, describe, floor
+from longscan.bench import floors, others, unfused
+from longscan.bench.contest import DTYPES, Call, Contender, Settings, beside, compare, describe, floor
 from longscan.bench.peers import huggingface, mamba_ssm, mambapy
 from longscan.bench.report import Report, Row
 from longscan.ops import selective_scan
@@ -23,7 +23,8 @@ _MULTIPLY_ADDS = 1 + 5 + 1 + 1 + 1
 def run(settings: Settings) -> Report:
     """Scans with skip, gate, dt bias and softplus, as a Mamba block uses them.
 
-    On the CPU the unit is nanoseconds per (time, channel) and core, on a GPU milliseconds, without launches.
+    On the CPU the unit is nanoseconds per (time, channel) and core, on a GPU milliseconds, without launches. Beside it:
+    the same scan unfused in plain PyTorch; and, over the same width, causal attention and a long convolution.
     """
     on_cpu = settings.device == "cpu"
     shapes = settings.shapes_of(AXES, (1, 2048, 1536, 16) if on_cpu else (8, 2048, 1536, 16))
@@ -44,12 +45,14 @@ def run(settings: Settings) -> Report:
 def make_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str, seed: int) -> dict[str, Tensor]:
     """Inputs as a freshly initialised Mamba sees them: A = -(1 .. N), steps between 0.001 and 0.1."""
     batch, length, channels, state = shape
-    generator = torch.Generator().manual_seed(seed)
+    # Drawn where they will be used: a CPU takes long over a million tokens.
+    place = device if device == "cuda" else "cpu"
+    generator = torch.Generator(place).manual_seed(seed)
 
     def normal(*axes: int) -> Tensor:
-        return torch.randn(axes, generator=generator)
+        return torch.randn(axes, generator=generator, device=place)
 
-    steps = torch.exp(torch.rand(channels, generator=generator) * 4.6 - 6.9)
+    steps = torch.exp(torch.rand(channels, generator=generator, device=place) * 4.6 - 6.9)
     inputs = {
         "x": normal(batch, length, channels).to(dtype),
         "dt": (normal(batch, length, channels) * 0.5).to(dtype),
@@ -72,37 +75,83 @@ def _measure(shape: tuple[int, ...], dtype: str, settings: Settings) -> list[Row
     def to_value(seconds: float) -> float:
         return seconds * per_second
 
+    rates = floors.Rates(settings.device)
     wide = {name: tensor.double() for name, tensor in inputs.items()}
     rows: list[Row] = []
     truths: dict[str, tuple[Tensor, ...]] = {}
     for phase in ("forward", *(() if settings.device == "cpu" else ("backward",)), "forward and backward"):
         if phase == "forward" or "forward" in truths:
             # Both backward phases end in the same gradients.
-            truths = {phase: _call(*_ours("reference")(_leaves(wide, phase != "forward")), phase)()}
+            truths = {phase: definition(wide, phase)}
         (truth,) = truths.values()
         group = describe(shape, dtype, phase=phase).replace("phase ", "")
         contenders = [
-            Contender(name, kind, _preparation(build, inputs, phase)) for name, kind, build in _contestants(settings)
+            Contender(name, kind, preparation(build, inputs, phase)) for name, kind, build in contestants(settings)
         ]
-        rows += compare(group, contenders, truth, settings, dtype=DTYPES[dtype], to_value=to_value, graphs=True)
-        if phase == "forward":
-            rows += _floors(group, inputs, shape, settings, to_value)
+        contenders += other_contenders(shape, DTYPES[dtype], settings, phase, rates)
+        found = compare(
+            group,
+            contenders,
+            truth,
+            settings,
+            dtype=DTYPES[dtype],
+            to_value=to_value,
+            graphs=True,
+            moved=bytes_moved(inputs, phase),
+        )
+        rows += beside(found, floor_rows(group, inputs, shape, phase, settings, rates, to_value))
     return rows
+
+
+def definition(inputs: dict[str, Tensor], phase: str) -> tuple[Tensor, ...]:
+    """What a pass should give, by the reference."""
+    return preparation(_ours("reference"), inputs, phase)()()
 
 
 _Build = Callable[[dict[str, Tensor]], tuple[Callable[[], Tensor], list[Tensor]]]
 
 
-def _contestants(settings: Settings) -> list[tuple[str, str, _Build]]:
-    found: list[tuple[str, str, _Build]] = [("longscan", "ours", _ours(None))]
-    if "reference" in settings.peers:
-        found.append(("reference", "peer", _ours("reference")))
-    if "transformers" in settings.peers:
-        found.append(("transformers", "peer", huggingface.scan))
-    if "mambapy" in settings.peers:
-        found.append(("mambapy", "peer", mambapy.scan))
-    if "mamba-ssm" in settings.peers:
-        found.append(("mamba-ssm", "peer", mamba_ssm.scan))
+def contestants(settings: Settings) -> list[tuple[str, str, _Build]]:
+    """(name, kind, how to build it) of ours and everyone who computes the same scan."""
+    peers: dict[str, _Build] = {
+        "reference": _ours("reference"),
+        "unfused": unfused.scan,
+        "transformers": huggingface.scan,
+        "mambapy": mambapy.scan,
+        "mamba-ssm": mamba_ssm.scan,
+    }
+    asked = settings.peers_of(*peers, slow_on_gpu=("reference", "transformers"))
+    return [("longscan", "ours", _ours(None)), *((name, "peer", peers[name]) for name in asked)]
+
+
+def other_contenders(
+    shape: tuple[int, ...], dtype: torch.dtype, settings: Settings, phase: str, rates: floors.Rates
+) -> list[Contender]:
+    """Attention and convolution over as many channels."""
+    asked, device, found = settings.peers_of("attention", "convolution"), settings.device, []
+    if "attention" in asked:
+        found.append(
+            Contender(
+                "attention",
+                "other",
+                lambda: others.attention(shape, dtype, device, phase),
+                moved=others.attention_moved(shape, dtype, device, phase),
+                floor=others.attention_work(shape, phase) / rates.multiply_adds(others.attention_dtype(device, dtype)),
+                note=f"something else: causal, heads of {others.head_width(shape[2])}, no projections",
+            )
+        )
+    if "convolution" in asked:
+        moved = others.convolution_moved(shape, phase)
+        found.append(
+            Contender(
+                "convolution",
+                "other",
+                lambda: others.convolution(shape, device, phase),
+                moved=moved,
+                floor=moved / rates.bandwidth,
+                note="something else: one FFT of twice the length, no making of its kernel",
+            )
+        )
     return found
 
 
@@ -122,7 +171,8 @@ def _leaves(inputs: dict[str, Tensor], backward: bool) -> dict[str, Tensor]:
     return {name: tensor.detach().requires_grad_(backward) for name, tensor in inputs.items()}
 
 
-def _preparation(build: _Build, inputs: dict[str, Tensor], phase: str) -> Callable[[], Call]:
+def preparation(build: _Build, inputs: dict[str, Tensor], phase: str) -> Callable[[], Call]:
+    """A contender's `prepare` for a phase: forward, backward, or both."""
     return lambda: _call(*build(_leaves(inputs, phase != "forward")), phase)
 
 
@@ -142,24 +192,38 @@ def _call(scan: Callable[[], Tensor], leaves: list[Tensor], phase: str) -> Call:
     return forward if phase == "forward" else gradients
 
 
-def _floors(
+def bytes_moved(inputs: dict[str, Tensor], phase: str) -> int:
+    """Forward reads the inputs and writes y; backward reads them and y's gradient, and writes theirs."""
+    output = inputs["x"].numel() * inputs["x"].element_size()
+    everything = sum(tensor.numel() * tensor.element_size() for tensor in inputs.values())
+    forward, backward = everything + output, 2 * everything + output
+    return {"forward": forward, "backward": backward, "forward and backward": forward + backward}[phase]
+
+
+def floor_rows(
     group: str,
     inputs: dict[str, Tensor],
     shape: tuple[int, ...],
+    phase: str,
     settings: Settings,
+    rates: floors.Rates,
     to_value: Callable[[float], float],
 ) -> list[Row]:
+    """What nothing can beat: memory traffic, and arithmetic."""
     batch, length, channels, state = shape
-    moved = sum(tensor.numel() * tensor.element_size() for tensor in (*inputs.values(), inputs["x"]))
     note = "inputs read and output written once, at the speed memory is read"
-    rows = [floor(group, "memory", moved / floors.read_bandwidth(settings.device), to_value, note)]
-    if settings.device == "cpu":
+    if phase != "forward":
+        note = "inputs and gradients read and written once a pass, at the speed memory is read"
+    seconds = bytes_moved(inputs, phase) / rates.bandwidth
+    rows = [floor(group, "memory", seconds, to_value, note)]
+    if settings.device == "cpu" and phase == "forward":
         work = batch * length * channels * state * _MULTIPLY_ADDS
-        seconds = work / floors.multiply_adds_per_second(settings.device)
+        seconds = work / rates.multiply_adds(torch.float32)
         note = f"{_MULTIPLY_ADDS} multiply-adds a state, at the rate of a matrix product"
         rows.append(floor(group, "arithmetic", seconds, to_value, note))
     if settings.device == "cuda" and (rate := floors.exponentials_per_second()) is not None:
-        # One for each decay, two for the softplus, two for the gate.
+        # One for each decay, two for the softplus, two for the gate; in each direction, unless they are kept.
+        count = batch * length * channels * (state + 4) * (2 if phase == "forward and backward" else 1)
         note = "a decay of every state, softplus and gate, at the rate of the special-function unit"
-        rows.append(floor(group, "exponentials", batch * length * channels * (state + 4) / rate, to_value, note))
+        rows.append(floor(group, "exponentials", count / rate, to_value, note))
     return rows

@@ -17,7 +17,10 @@ BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 
 
 def markdown(reports: Sequence[Report]) -> str:
-    """A table per machine: a line for each setting, a column for each contender, the fastest one in bold."""
+    """A table per machine: a line for each setting, a column for each contender, the fastest one in bold.
+
+    What computes something else than longscan stands in italics and takes no part in that.
+    """
     places: dict[str, list[Report]] = {}
     for report in reports:
         places.setdefault(_place(report), []).append(report)
@@ -40,11 +43,14 @@ def _cell(report: Report, rows: list[Row], name: str) -> str:
         floors = [row.value for row in rows if row.kind == "floor" and row.value is not None]
         # The floor that binds: the slowest.
         return f"{min(floors) if report.higher_is_better else max(floors):.3g}" if floors else ""
-    timed = {row.contender: row.value for row in rows if row.kind != "floor" and row.value is not None}
-    if name not in timed:
+    own = next((row for row in rows if row.contender == name and row.value is not None), None)
+    if own is None or own.value is None:
         return ""
-    best = max(timed.values()) if report.higher_is_better else min(timed.values())
-    return f"**{timed[name]:.3g}**" if timed[name] == best else f"{timed[name]:.3g}"
+    if own.kind == "other":
+        return f"*{own.value:.3g}*"
+    timed = [row.value for row in rows if row.kind in ("ours", "peer") and row.value is not None]
+    best = max(timed) if report.higher_is_better else min(timed)
+    return f"**{own.value:.3g}**" if own.value == best else f"{own.value:.3g}"
 
 
 def _place(report: Report) -> str:

@@ -1,4 +1,4 @@
-"""How long a call takes: warm-up first, then a median and the spread around it."""
+"""How long a call takes: warm-up first, then a median and the spread around it. And how much memory it needs."""
 
 from __future__ import annotations
 
@@ -127,6 +127,26 @@ def timed(call: Callable[[], Any], device: torch.device | str = "cpu") -> float:
     call()
     synchronise(device)
     return time.perf_counter() - start
+
+
+def timed_with_memory(
+    call: Callable[[], Any], device: torch.device | str, before: int | None = None
+) -> tuple[float, int | None]:
+    """Seconds of one call, and the bytes that were allocated at its peak beyond `before`.
+
+    Args:
+        before: bytes allocated earlier; None: those that are when the call begins.
+
+    Returns:
+        Memory is that of PyTorch's allocator on NVIDIA GPUs, None elsewhere.
+    """
+    if torch.device(device).type != "cuda":
+        return timed(call, device), None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated() if before is None else before
+    torch.cuda.reset_peak_memory_stats()
+    seconds = timed(call, device)
+    return seconds, torch.cuda.max_memory_allocated() - before
 
 
 def synchronise(device: torch.device | str) -> None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from longscan import ops
-from longscan.bench.contest import DTYPES, Call, Contender, Settings, compare, describe, floor
+from longscan.bench.contest import DTYPES, Call, Contender, Settings, beside, compare, describe, floor
 from longscan.bench.floors import matrix_products
-from longscan.bench.models import make_model, products, random_tokens
+from longscan.bench.models import make_model, make_transformer, random_tokens, shapes_of, training_products
 from longscan.bench.peers import huggingface, mamba_ssm, mambapy
 from longscan.bench.report import Report, Row
 from longscan.models import LanguageModel
@@ -21,63 +21,109 @@ AXES = "layers,d_model,vocabulary,batch,length"
 #: Of a model's scores for tokens, targets, and the size of the vocabulary.
 Loss = Callable[[nn.Module, Tensor, Tensor, int], Tensor]
 
+#: From our model to whoever trains, with the same weights.
+Build = Callable[[LanguageModel], nn.Module]
+
+
+#: Rows and tokens at most of the batch whose loss and gradient are compared. The definition walks the time steps of
+#: every layer one by one, which at the full shape would take minutes.
+_CHECKED = (2, 128)
+
 
 def run(settings: Settings) -> Report:
     """Forward, backward, clipping and fused AdamW over one batch, float32 weights, in tokens per second.
 
-    A dtype other than float32 is autocast's.
+    A dtype other than float32 is autocast's. Loss and gradient are compared with the definition's on the batch's first
+    rows and tokens (2 x 128); timed is the whole batch. Peak memory counts weights, gradients and optimiser as well.
+    Beside it a Transformer++ of about as many parameters, eager and compiled.
     """
     on_cpu = settings.device == "cpu"
-    shapes = settings.shapes_of(AXES, (4, 256, 256, 8, 256) if on_cpu else (24, 768, 50277, 8, 2048))
+    shapes = shapes_of(settings, AXES, (4, 256, 256, 8, 256) if on_cpu else (24, 768, 50277, 8, 2048))
     rows: list[Row] = []
     for shape in shapes:
         for dtype in settings.dtypes_of("float32" if on_cpu else "bfloat16"):
             rows += _measure(shape, dtype, settings)
-    return Report(
-        "train",
-        "tokens/s",
-        higher_is_better=True,
-        rows=rows,
-        settings={"device": settings.device, "axes": AXES, "shapes": shapes},
-    )
+    about = {"device": settings.device, "axes": AXES, "shapes": shapes, "checked": _CHECKED}
+    return Report("train", "tokens/s", higher_is_better=True, rows=rows, settings=about)
 
 
 def _measure(shape: tuple[int, ...], dtype: str, settings: Settings) -> list[Row]:
     layers, d_model, vocabulary, batch, length = shape
-    model = make_model(layers, d_model, vocabulary, torch.float32, settings.device, settings.seed).requires_grad_()
-    numbers = random_tokens(batch * (length + 1), vocabulary, settings.seed).view(batch, length + 1).to(settings.device)
-    tokens, targets = numbers[:, :-1].contiguous(), numbers[:, 1:].contiguous()
+    model = make_model(layers, d_model, vocabulary, torch.float32, settings.device, settings.seed)
+    tokens, targets = make_batch(batch, length, vocabulary, settings)
+    few_tokens, few_targets = (part[: _CHECKED[0], : _CHECKED[1]].contiguous() for part in (tokens, targets))
+    whole, few = (tokens, targets), (few_tokens, few_targets)
     group = describe(shape, dtype)
 
     def to_value(seconds: float) -> float:
         return batch * length / seconds
 
-    def step(build: Callable[[LanguageModel], nn.Module], loss: Loss, precision: str = dtype) -> Callable[[], Call]:
+    def step(build: Build, loss: Loss, data: tuple[Tensor, Tensor], precision: str = dtype) -> Callable[[], Call]:
         # A copy: whoever comes next starts from the same weights.
-        return lambda: _step(build(copy.deepcopy(model)).train(), loss, tokens, targets, vocabulary, precision)
+        return lambda: training_step(build(copy.deepcopy(model)), loss, *data, vocabulary, precision)
 
-    truth = step(_itself, _loss("reference"), "float32")()()
-    contenders = [Contender("longscan", "ours", step(_itself, _loss("auto")))]
-    peers: dict[str, Callable[[], Call]] = {
-        "reference": step(_itself, _loss("reference")),
-        "transformers": step(huggingface.language_model, huggingface.loss),
-        "mambapy": step(mambapy.language_model, mambapy.loss),
-        "mamba-ssm": step(mamba_ssm.language_model, mamba_ssm.loss),
+    def contender(name: str, kind: str, build: Build, loss: Loss) -> Contender:
+        return Contender(name, kind, step(build, loss, whole), step(build, loss, few))
+
+    truth = step(itself, loss_by("reference"), few, "float32")()()
+    contenders = [contender("longscan", "ours", itself, loss_by("auto"))]
+    peers: dict[str, tuple[Build, Loss]] = {
+        "reference": (itself, loss_by("reference")),
+        "transformers": (huggingface.language_model, huggingface.loss),
+        "mambapy": (mambapy.language_model, mambapy.loss),
+        "mamba-ssm": (mamba_ssm.language_model, mamba_ssm.loss),
     }
-    contenders += [Contender(name, "peer", peers[name]) for name in settings.peers if name in peers]
-    rows = compare(group, contenders, truth, settings, dtype=DTYPES[dtype], to_value=to_value)
-    # The head runs for every token here, and each product has two more behind it, for its input and for its weight.
-    forward = [*products(model, batch * length)[:-1], (batch * length, d_model, model.config.padded_vocab_size)]
-    backward = [(m, n, k) for m, k, n in forward] + [(n, m, k) for m, k, n in forward]
-    timing = matrix_products([*forward, *backward], DTYPES[dtype], settings.device)
-    return [*rows, floor(group, "products", timing, to_value, "its matrix products alone")]
+    asked = settings.peers_of(*peers, slow_on_gpu=("reference", "transformers"))
+    contenders += [contender(name, "peer", *peers[name]) for name in asked]
+    contenders += _transformers(shape, whole, dtype, settings)
+    rows = compare(group, contenders, truth, settings, dtype=DTYPES[dtype], to_value=to_value, whole=True)
+    timing = matrix_products(training_products(model, batch * length), DTYPES[dtype], settings.device)
+    return beside(rows, [floor(group, "products", timing, to_value, "its matrix products alone")])
 
 
-def _itself(model: LanguageModel) -> nn.Module:
+def _transformers(
+    shape: tuple[int, ...], batch: tuple[Tensor, Tensor], dtype: str, settings: Settings
+) -> list[Contender]:
+    layers, d_model, vocabulary, *_ = shape
+    # Compiling for a CPU needs a compiler.
+    on_request = ("transformer++-compiled",) if settings.device == "cpu" else ()
+    found = []
+    for name in settings.peers_of("transformer++", "transformer++-compiled", on_request=on_request):
+
+        def prepare(name: str = name) -> Call:
+            model = make_transformer(layers, d_model, vocabulary, torch.float32, settings.device, settings.seed)
+            loss = compiled_loss() if name.endswith("compiled") else loss_by("auto")
+            return Noted(training_step(model, loss, *batch, vocabulary, dtype), model)
+
+        found.append(Contender(name, "other", prepare, note="something else: attention"))
+    return found
+
+
+class Noted:
+    """A call that says how many parameters its model has."""
+
+    def __init__(self, call: Call, model: LanguageModel) -> None:
+        self._call, self.note = call, f"{model.num_parameters() / 1e6:.4g} million parameters"
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        return self._call()
+
+
+def make_batch(batch: int, length: int, vocabulary: int, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Random tokens and targets (batch, length) on the device."""
+    count = batch * (length + 1)
+    numbers = random_tokens(count, vocabulary, settings.seed).view(batch, length + 1).to(settings.device)
+    return numbers[:, :-1].contiguous(), numbers[:, 1:].contiguous()
+
+
+def itself(model: LanguageModel) -> nn.Module:
+    """Ours, as it is."""
     return model
 
 
-def _loss(backend: str) -> Loss:
+def loss_by(backend: str) -> Loss:
+    """The loss of our own model, its operators by a backend."""
+
     def loss(model: nn.Module, tokens: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
         assert isinstance(model, LanguageModel)
         with ops.backend(backend):
@@ -86,19 +132,43 @@ def _loss(backend: str) -> Loss:
     return loss
 
 
-def _step(model: nn.Module, loss: Loss, tokens: Tensor, targets: Tensor, vocabulary: int, dtype: str) -> Call:
-    """One step; gives the loss and the norm of the gradient, which the first pass is compared by."""
-    model.requires_grad_()
-    parameters = list(model.parameters())
-    optimiser = torch.optim.AdamW(parameters, lr=1e-4, fused=tokens.device.type in ("cpu", "cuda"))
+def compiled_loss() -> Loss:
+    """The loss of our own model through `torch.compile`."""
 
-    def call() -> tuple[Tensor, ...]:
-        optimiser.zero_grad(set_to_none=True)
-        with torch.autocast(tokens.device.type, DTYPES[dtype], enabled=dtype != "float32"):
-            value = loss(model, tokens, targets, vocabulary)
+    def loss(model: nn.Module, tokens: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
+        assert isinstance(model, LanguageModel)
+        return model.loss(tokens, targets)
+
+    compiled: Loss = torch.compile(loss)
+    return compiled
+
+
+class Trainer:
+    """A model under training: float32 weights, fused AdamW, gradients clipped at a norm of 1.
+
+    Args:
+        dtype: autocast's, unless it is float32.
+    """
+
+    def __init__(self, model: nn.Module, loss: Loss, vocabulary: int, dtype: str) -> None:
+        self._model = model.train().requires_grad_()
+        self._loss, self._vocabulary, self._dtype = loss, vocabulary, dtype
+        self._parameters = list(model.parameters())
+        fused = self._parameters[0].device.type in ("cpu", "cuda")
+        self._optimiser = torch.optim.AdamW(self._parameters, lr=1e-4, fused=fused)
+
+    def step(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """One step; gives the loss and the norm of the gradient, which the first pass is compared by."""
+        self._optimiser.zero_grad(set_to_none=True)
+        with torch.autocast(tokens.device.type, DTYPES[self._dtype], enabled=self._dtype != "float32"):
+            value = self._loss(self._model, tokens, targets, self._vocabulary)
         value.backward()
-        norm = nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
+        norm = nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        self._optimiser.step()
         return value.detach(), norm.detach()
 
-    return call
+
+def training_step(model: nn.Module, loss: Loss, tokens: Tensor, targets: Tensor, vocabulary: int, dtype: str) -> Call:
+    """One step after the other over the same batch."""
+    trainer = Trainer(model, loss, vocabulary, dtype)
+    return lambda: trainer.step(tokens, targets)

@@ -1,4 +1,4 @@
-"""`longscan bench scan|block|train|prefill|decode`: speed on this machine, beside the peers that are installed."""
+"""`longscan bench WHAT`: speed and memory on this machine, beside the peers that are installed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
+from rich import box
 from rich.console import Console, JustifyMethod
 from rich.markup import escape
 from rich.table import Table
@@ -26,12 +27,19 @@ class Options:
     Outputs are compared with the definition's before anything is timed.
     """
 
-    what: Annotated[Literal["scan", "block", "train", "prefill", "decode"], tyro.conf.Positional]
-    """The operation: the selective scan, one Mamba block, a training step, a prompt, or one token at a time."""
+    what: Annotated[
+        Literal["scan", "block", "train", "prefill", "decode", "lengths", "throughput", "memory"], tyro.conf.Positional
+    ]
+    """The operation: the selective scan, one Mamba block, a training step, a prompt, or one token at a time; the scan
+    against attention by length; generation against a Transformer by batch; memory of training by batch (GPU)."""
 
     shape: tuple[str, ...] = ()
-    """Shapes such as 1,2048,1536,16. Axes: scan batch,length,channels,state; block batch,length,d_model; train
-    layers,d_model,vocabulary,batch,length; prefill and decode layers,d_model,vocabulary,tokens."""
+    """Shapes such as 1,2048,1536,16. Axes: scan and lengths batch,length,channels,state; block batch,length,d_model;
+    train and memory layers,d_model,vocabulary,batch,length; prefill layers,d_model,vocabulary,tokens; decode
+    layers,d_model,vocabulary,batch,tokens; throughput layers,d_model,vocabulary,batch,prompt,tokens."""
+
+    size: tuple[Literal["130m", "370m", "790m", "1.4b", "2.8b"], ...] = ()
+    """Instead of shapes of whole models: their default shapes, at published sizes."""
 
     dtype: tuple[Literal["float32", "bfloat16", "float16"], ...] = ()
     """Precisions; by default those that are usual for the operation on this device."""
@@ -42,8 +50,8 @@ class Options:
     threads: int | None = None
     """Threads on the CPU; by default every core this process may use."""
 
-    peers: tuple[str, ...] = PEERS
-    """Whom to compare with, out of: reference transformers mambapy llama.cpp mamba-ssm. Missing ones are left out."""
+    peers: tuple[Literal[PEERS], ...] | None = None  # type: ignore[valid-type]
+    """Whom to compare with; by default all that make sense on this device. Missing ones are left out."""
 
     alone: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Measure longscan and the floor alone."""
@@ -51,8 +59,9 @@ class Options:
     repeats: int = 20
     """Timed passes per contender; fewer where they take long."""
 
-    budget: float = 10.0
-    """Seconds after which a contender's next pass is not started; one slower than this is timed once."""
+    budget: float | None = None
+    """Seconds after which a contender's next pass is not started; one slower than this is timed once. By default 10,
+    less where there are many settings."""
 
     output: Path | None = None
     """The JSON file to write, with a figure beside it (.png). By default runs/bench/WHAT-DEVICE.json."""
@@ -73,6 +82,7 @@ def run(options: Options, console: Console | None = None) -> int:
             settings = Settings(
                 device=device,
                 shapes=tuple(_shape(text) for text in options.shape) or None,
+                sizes=options.size or None,
                 dtypes=options.dtype or None,
                 peers=() if options.alone else options.peers,
                 repeats=options.repeats,
@@ -102,31 +112,55 @@ def _shape(text: str) -> tuple[int, ...]:
 def _table(report: Report, group: str) -> Table:
     notes = [f"{row.contender}: {row.note}" for row in report.of(group) if row.note]
     title = f"{report.bench} {group}, in {report.unit}"
-    table = Table(title=escape(title), title_justify="left", caption=escape("\n".join(notes)), caption_justify="left")
-    for column in ("", "median", "20% to 80%", "passes", "longscan is", "error"):
-        justify: JustifyMethod = "right" if column else "left"
-        table.add_column(column, justify=justify)
-    for row in report.of(group):
-        table.add_row(*_cells(report, row))
+    table = Table(
+        title=escape(title),
+        title_justify="left",
+        caption=escape("\n".join(notes)),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    rows = [_cells(report, row) for row in report.of(group)]
+    # A column in which nobody has anything to say is not shown.
+    shown = [name for name in _COLUMNS if not name or name == "median" or any(cells[name] for cells in rows)]
+    for name in shown:
+        justify: JustifyMethod = "right" if name else "left"
+        table.add_column(name, justify=justify, no_wrap=True)
+    for cells in rows:
+        table.add_row(*(cells[name] for name in shown))
     return table
 
 
-def _cells(report: Report, row: Row) -> list[str]:
+#: "ours" is how many times faster longscan is (or how many times less memory it needs); "floor" the floor's part of the
+#: time.
+_COLUMNS = ("", "median", "20% to 80%", "passes", "ours", "error", "GB/s", "floor", "peak MB")
+
+
+def _cells(report: Report, row: Row) -> dict[str, str]:
     timing, times = row.timing, report.speedup(row)
-    style = {"ours": "bold", "peer": "not bold", "floor": "dim"}[row.kind]
-    cells = [f"[{style}]{escape(row.contender)}[/]", "-", "", "", "", "" if row.error is None else f"{row.error:.0e}"]
-    if row.value is None or timing is None:
-        return cells
-    cells[1] = f"[{style}]{row.value:.4g}[/]"
-    if row.kind != "floor":
+    style = {"ours": "bold", "peer": "not bold", "other": "italic", "floor": "dim"}[row.kind]
+    cells = dict.fromkeys(_COLUMNS, "")
+    cells[""] = f"[{style}]{escape(row.contender)}[/]"
+    cells["median"] = "-" if row.value is None else f"[{style}]{_figure(row.value)}[/]"
+    cells["error"] = "" if row.error is None else f"{row.error:.0e}"
+    cells["GB/s"] = "" if row.bandwidth is None else _figure(row.bandwidth / 1e9)
+    cells["floor"] = "" if row.of_floor is None else f"{row.of_floor:.0%}"
+    cells["peak MB"] = "" if row.memory is None else f"{row.memory / 1e6:,.0f}"
+    if row.value is not None and timing is not None and row.kind != "floor":
         ends = [
             row.value * (timing.median / t if report.higher_is_better else t / timing.median) for t in _ends(timing)
         ]
-        cells[2] = f"{min(ends):.4g} to {max(ends):.4g}"
-        cells[3] = str(timing.samples)
+        cells["20% to 80%"] = f"{_figure(min(ends))} to {_figure(max(ends))}"
+        cells["passes"] = str(timing.samples)
     if times is not None and row != report.ours(row.group):
-        cells[4] = f"{1 / times:.2f}x its time" if row.kind == "floor" else f"{times:.2f}x as fast"
+        cells["ours"] = f"{times:.2f}x"
     return cells
+
+
+def _figure(value: float) -> str:
+    """Four digits, never as a power of ten where it is large."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _ends(timing: Timing) -> tuple[float, float]:

@@ -108,6 +108,9 @@ class Attention(SequenceMixer):
         positions = before.lengths[:, None] + steps
         queries, keys = (rotate(part, positions, self.rotary_base) for part in (queries, keys))
         after = _append(before, keys, values, before.used + x.shape[1])
+        if before.used == 0:
+            # Nothing came before, so the causal kernels serve, which need no mask.
+            return self._merge(self._attend(queries, keys, values, None)), after
         visible = torch.arange(after.used, device=x.device) <= positions[..., None]  # (batch, length, used)
         return self._merge(self._attend(queries, after.keys, after.values, visible[:, None])), after
 

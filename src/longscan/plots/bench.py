@@ -1,4 +1,4 @@
-"""The figure of one benchmark: a bar per contender, a panel per setting."""
+"""The figure of one benchmark: a bar per contender, a panel per setting; or, over lengths and batches, lines."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from longscan.nn.storage import write_atomically
+from longscan.plots.lines import draw_lines, place_of
 
-_COLOURS = {"ours": "#1f6fb4", "peer": "#9aa5b1", "floor": "#d9822b"}
+_COLOURS = {"ours": "#1f6fb4", "peer": "#9aa5b1", "other": "#7d5ba6", "floor": "#d9822b"}
 
 
 def plot_bench(report: str | os.PathLike[str], figure: str | os.PathLike[str]) -> Path:
     """Draws the report of `longscan bench` (JSON) as a PNG file.
 
     Bars are medians on a logarithmic axis, their whiskers the 20th and 80th percentile; contenders without a figure are
-    left out.
+    left out. Where the rows stand in series (lengths, throughput, memory), see :func:`longscan.plots.lines.draw_lines`.
 
     Raises:
         StorageError: the figure could not be written.
@@ -25,6 +26,9 @@ def plot_bench(report: str | os.PathLike[str], figure: str | os.PathLike[str]) -
 
     values: dict[str, Any] = json.loads(Path(report).read_text(encoding="utf-8"))
     rows = [row for row in values["rows"] if row["value"] is not None]
+    if any(row.get("place") is not None for row in rows):
+        canvas = draw_lines(values)
+        return write_atomically(figure, lambda temporary: canvas.savefig(temporary, format="png", dpi=150))
     groups = list(dict.fromkeys(row["group"] for row in rows))
     heights = [1 + sum(row["group"] == group for row in rows) for group in groups] or [1]
     canvas = Figure(figsize=(8, 0.36 * sum(heights) + 1), layout="constrained")
@@ -33,9 +37,7 @@ def plot_bench(report: str | os.PathLike[str], figure: str | os.PathLike[str]) -
         _panel(panel, group, [row for row in rows if row["group"] == group], values["higher_is_better"])
     better = "right" if values["higher_is_better"] else "left"
     panels[-1].set_xlabel(f"{values['unit']} (further {better} is better)")
-    machine = values["machine"]
-    where = ", ".join(machine["gpus"][:1]) or f"{machine['cpu']}, threads: {machine['threads']}"
-    canvas.suptitle(f"longscan bench {values['bench']}: {where}", fontsize=10)
+    canvas.suptitle(f"longscan bench {values['bench']}: {place_of(values)}", fontsize=10)
     return write_atomically(figure, lambda temporary: canvas.savefig(temporary, format="png", dpi=150))
 
 

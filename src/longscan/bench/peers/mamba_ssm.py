@@ -86,11 +86,64 @@ def prefill(peer: nn.Module, tokens: Tensor, max_length: int) -> tuple[Tensor, A
     return logits, state
 
 
-def decode(peer: nn.Module, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
-    """One token per row (batch,)."""
-    logits = peer(tokens[:, None], inference_params=state, num_last_tokens=1).logits[:, -1]
-    state.seqlen_offset += 1
-    return logits, state
+class Decoder:
+    """Token by token as its `generate(..., cg=True)` does it: a step is one replay of a captured CUDA graph.
+
+    Args:
+        peer: what :func:`language_model` made.
+        batch: number of sequences.
+        max_length: room for that many tokens each.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, peer: nn.Module, batch: int, max_length: int) -> None:
+        from mamba_ssm.utils.generation import update_graph_cache
+
+        # Captured with a past of one token: what it holds does not depend on how long the past is.
+        self._cache = update_graph_cache(peer, None, batch, 1, max_length)
+        self._peer, self._batch, self._max_length = peer, batch, max_length
+        device = next(peer.parameters()).device
+        # Its models take positions, and do not look at them.
+        self._positions = torch.zeros(batch, 1, dtype=torch.long, device=device)
+
+    @torch.inference_mode()
+    def reset(self) -> None:
+        """An empty past."""
+        self._cache.inference_params.reset(self._max_length, self._batch)
+        for states in self._cache.inference_params.key_value_memory_dict.values():
+            for state in states:
+                state.zero_()
+
+    @torch.inference_mode()
+    def prefill(self, tokens: Tensor, rows: int) -> Tensor:
+        """A prompt (batch, length) into an empty past, `rows` sequences at once; scores (batch, vocabulary)."""
+        from mamba_ssm.utils.generation import InferenceParams
+
+        self.reset()
+        past = self._cache.inference_params
+        logits = []
+        for start in range(0, self._batch, rows):
+            part = slice(start, start + rows)
+            own = InferenceParams(
+                max_seqlen=self._max_length,
+                max_batch_size=tokens[part].shape[0],
+                # Views: the prompt writes its states where the graph reads them.
+                key_value_memory_dict={
+                    layer: tuple(state[part] for state in states)
+                    for layer, states in past.key_value_memory_dict.items()
+                },
+            )
+            logits.append(self._peer(tokens[part], inference_params=own, num_last_tokens=1).logits[:, -1])
+        past.seqlen_offset = tokens.shape[1]
+        return torch.cat(logits)
+
+    @torch.inference_mode()
+    def step(self, tokens: Tensor) -> Tensor:
+        """One token per sequence (batch,) to scores (batch, vocabulary)."""
+        past = self._cache.inference_params
+        logits: Tensor = self._cache.run(tokens[:, None], self._positions, past.seqlen_offset)
+        past.seqlen_offset += 1
+        return logits.squeeze(1)
 
 
 def _need_gpu() -> None:
