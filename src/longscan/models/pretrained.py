@@ -57,11 +57,11 @@ def load_pretrained(
         CheckpointError: a file is missing, damaged or truncated, or the weights do not fit the configuration.
     """
     folder = find_folder(source, revision)
-    values = _read_json(folder / CONFIG_FILE)
+    values = read_json(folder / CONFIG_FILE)
     config = _config_of(values, folder / CONFIG_FILE)
     with torch.device("meta"):
         model = kind(config)
-    tensors, path = _read_weights(folder, device)
+    tensors, path = read_weights(folder, device)
     load_weights(model, formats.rename(tensors, formats.recognise(values), out=False), path)
     return model if dtype is None else model.to(dtype)
 
@@ -98,7 +98,7 @@ def find_folder(source: str | os.PathLike[str], revision: str | None = None) -> 
 def load_config(folder: Path) -> LanguageModelConfig:
     """Read the configuration of a saved model."""
     path = folder / CONFIG_FILE
-    return _config_of(_read_json(path), path)
+    return _config_of(read_json(path), path)
 
 
 def _config_of(values: dict[str, Any], path: Path) -> LanguageModelConfig:
@@ -108,7 +108,12 @@ def _config_of(values: dict[str, Any], path: Path) -> LanguageModelConfig:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a configuration, of any format, as it stands.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or holds no mapping.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -121,14 +126,18 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values["model"] if isinstance(values.get("model"), dict) else values
 
 
-def _read_weights(folder: Path, device: torch.device | str | None) -> tuple[dict[str, Tensor], Path]:
-    """All tensors of a folder, whole or in shards, and the file that names them."""
+def read_weights(folder: Path, device: torch.device | str | None) -> tuple[dict[str, Tensor], Path]:
+    """All tensors of a folder, whole or in shards, as they are named there, and the file that names them.
+
+    Raises:
+        CheckpointError: there are none, or a file is missing, damaged or truncated.
+    """
     for name, load in ((WEIGHTS_FILE, _load_tensors), (PICKLED_FILE, load_pickled)):
         if (folder / name).is_file():
             return load(folder / name, device), folder / name
         index = folder / f"{name}.index.json"
         if index.is_file():
-            shards = _read_json(index).get("weight_map")
+            shards = read_json(index).get("weight_map")
             if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
                 raise CheckpointError(f"{index}: has no weight_map of names to files")
             tensors: dict[str, Tensor] = {}
