@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from longscan.errors import ArgumentError
 from longscan.integrations.mamba_ssm.scan import (
@@ -202,9 +203,41 @@ def test_any_width_of_the_convolution(width: int) -> None:
     check_inner(inner_arguments(width=width))
 
 
-def test_levels_of_checkpointing_are_accepted() -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("norms", [False, True])
+def test_levels_of_checkpointing(norms: bool, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Level 1 keeps neither the convolution's output nor delta; gradients are the same to the bit."""
+    kept: dict[str, list[StorageWeakRef]] = {"conv": [], "delta": []}
+    convolve, scan = conv_cpu.forward, scan_cpu.forward
+
+    def watch_conv(*tensors: Any, **options: Any) -> Any:
+        out = convolve(*tensors, **options)
+        kept["conv"].append(StorageWeakRef(out[0].untyped_storage()))
+        return out
+
+    def watch_scan(*tensors: Any, **options: Any) -> Any:
+        kept["delta"].append(StorageWeakRef(tensors[1].untyped_storage()))
+        return scan(*tensors, **options)
+
+    monkeypatch.setattr(conv_cpu, "forward", watch_conv)
+    monkeypatch.setattr(scan_cpu, "forward", watch_scan)
     given = inner_arguments()
-    assert torch.equal(mamba_inner_fn(**given, checkpoint_lvl=0), mamba_inner_fn(**given, checkpoint_lvl=1))
+    if norms:
+        given["dt_rms_weight"] = torch.rand(CHANNELS) + 0.5
+    found = []
+    for level in (0, 1):
+        kept["conv"].clear(), kept["delta"].clear()
+        values = dict(zip(given, formulas.leaves(list(given.values())), strict=True))
+        xz = values["xz"].bfloat16() if autocast else values["xz"]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = mamba_inner_fn(**{**values, "xz": xz}, checkpoint_lvl=level)
+        assert [refs[0].expired() for refs in kept.values()] == [level == 1] * 2
+        assert len(kept["conv"]) == 1
+        out.float().square().sum().backward()
+        assert len(kept["conv"]) == 1 + level
+        found.append([tensor.grad for tensor in values.values()])
+    for got, expected in zip(*found, strict=True):
+        assert torch.equal(got, expected)
     with pytest.raises(ArgumentError, match="allowed are 0 and 1"):
         mamba_inner_fn(**given, checkpoint_lvl=2)
 

@@ -6,12 +6,15 @@ gradients, a constant B counts in it, N has no upper bound, and the weights of t
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from longscan.errors import ArgumentError
 from longscan.integrations.mamba_ssm.layouts import as_complex, channels_last, varying, without_autocast
+from longscan.integrations.mamba_ssm.recompute import Recompute
 from longscan.ops import causal_conv1d, selective_scan
 
 
@@ -141,7 +144,8 @@ def mamba_inner_fn(
         D, delta_bias: (channels,).
         B_proj_bias, C_proj_bias: added to B and C of x_proj.
         delta_softplus: apply softplus to delta + delta_bias.
-        checkpoint_lvl: 0 or 1; accepted, without effect on the result or on what is kept for the backward pass.
+        checkpoint_lvl: 1 computes the convolution's output and delta again in the backward pass instead of keeping
+            them for it, 0 keeps them.
         b_rms_weight, c_rms_weight: (state,); with them B and C pass an RMS norm. For a real A.
         dt_rms_weight: (channels,); with it delta passes an RMS norm, before its bias.
         b_c_dt_rms_eps: epsilon of those norms.
@@ -157,7 +161,7 @@ def mamba_inner_fn(
     return _inner(
         xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias,
         A, B, C, D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus,
-        (b_rms_weight, c_rms_weight, dt_rms_weight), b_c_dt_rms_eps, None,
+        (b_rms_weight, c_rms_weight, dt_rms_weight), b_c_dt_rms_eps, checkpoint_lvl == 1, None,
     )  # fmt: skip
 
 
@@ -181,7 +185,7 @@ def mamba_inner_ref(
     """`mamba_inner_fn` by our definitions in plain PyTorch: slow, any device, float64 too."""
     return _inner(
         xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias,
-        A, B, C, D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus, (None, None, None), 0.0, "reference",
+        A, B, C, D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus, (None, None, None), 0.0, False, "reference",
     )  # fmt: skip
 
 
@@ -203,6 +207,7 @@ def _inner(
     delta_softplus: bool,
     norms: tuple[Tensor | None, Tensor | None, Tensor | None],
     eps: float,
+    recompute: bool,
     backend: str | None,
 ) -> Tensor:
     if xz.dim() != 3 or xz.shape[1] % 2:
@@ -215,31 +220,44 @@ def _inner(
     length, rank = xz.shape[2], delta_proj_weight.shape[1]
     state = A.shape[1] * (2 if A.is_complex() else 1)
 
+    def convolve(u: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        out = causal_conv1d(u, weight.squeeze(1), bias, activation="silu", backend=backend)
+        assert isinstance(out, Tensor)
+        return out
+
+    def project(selected: Tensor, weight: Tensor, norm: Tensor | None) -> Tensor:
+        delta = F.linear(selected[..., :rank], weight)
+        return delta if norm is None else _rms_norm(delta, norm, eps)
+
     u, z = channels_last(xz).chunk(2, dim=-1)
-    convolved = causal_conv1d(u, conv1d_weight.squeeze(1), conv1d_bias, activation="silu", backend=backend)
-    assert isinstance(convolved, Tensor)
-    selected = F.linear(convolved, x_proj_weight)
-    delta = F.linear(selected[..., :rank], delta_proj_weight)
-    parts: list[Tensor] = []
-    for name, given, here, bias, norm in (
-        ("B", B, selected[..., rank : rank + state], B_proj_bias, b_norm),
-        ("C", C, selected[..., -state:], C_proj_bias, c_norm),
-    ):
-        if given is not None:
-            part = varying(name, given, length, A.is_complex())
-        else:
-            part = here if bias is None else here + bias.to(here.dtype)
-            part = as_complex(part.unflatten(-1, (-1, 2))) if A.is_complex() else part
-        parts.append(part if norm is None else _rms_norm(part, norm, eps))
-    if dt_norm is not None:
-        delta = _rms_norm(delta, dt_norm, eps)
-    B, C = parts
-    y = selective_scan(
-        convolved, delta, A, B, C, D, z, delta_bias, dt_softplus=delta_softplus, backend=backend
-    )  # fmt: skip
-    assert isinstance(y, Tensor)
+    with Recompute(recompute, xz.device) as block:
+        filtered = convolve(u, conv1d_weight, conv1d_bias)
+        block.drop(filtered, partial(convolve, u.detach(), conv1d_weight.detach(), _detached(conv1d_bias)))
+        selected = F.linear(filtered, x_proj_weight)
+        delta = project(selected, delta_proj_weight, dt_norm)
+        block.drop(delta, partial(project, selected.detach(), delta_proj_weight.detach(), _detached(dt_norm)))
+        parts: list[Tensor] = []
+        for name, given, here, bias, norm in (
+            ("B", B, selected[..., rank : rank + state], B_proj_bias, b_norm),
+            ("C", C, selected[..., -state:], C_proj_bias, c_norm),
+        ):
+            if given is not None:
+                part = varying(name, given, length, A.is_complex())
+            else:
+                part = here if bias is None else here + bias.to(here.dtype)
+                part = as_complex(part.unflatten(-1, (-1, 2))) if A.is_complex() else part
+            parts.append(part if norm is None else _rms_norm(part, norm, eps))
+        B, C = parts
+        y = selective_scan(
+            filtered, delta, A, B, C, D, z, delta_bias, dt_softplus=delta_softplus, backend=backend
+        )  # fmt: skip
+        assert isinstance(y, Tensor)
     # Transformers hands a float32 bias beside weights of half precision.
     return F.linear(y, out_proj_weight, None if out_proj_bias is None else out_proj_bias.to(out_proj_weight.dtype))
+
+
+def _detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -97,7 +97,10 @@ def _update(
     own = own.flatten(1, 2) if state.dim() == 4 else own
     recorded = records_gradient(own, x, dt, A, B, C, D, z, dt_bias)
     wide = torch.promote_types(x.dtype, torch.float32)
-    inplace = not recorded and indices is None and own.dtype == (wide.to_complex() if A.is_complex() else wide)
+    # Heads side by side in memory: flattening them above was a view.
+    one_piece = state.dim() == 3 or state.shape[1] == 1 or state.stride(1) == state.shape[2] * state.stride(2)
+    inplace = one_piece and not recorded and indices is None
+    inplace = inplace and own.dtype == (wide.to_complex() if A.is_complex() else wide)
     with without_autocast(x):
         y, new = ops.selective_state_update(
             # What autograd keeps must not be what is overwritten below.
@@ -111,7 +114,7 @@ def _update(
             y = y.masked_fill(padding[:, None], 0)
             indices, new = indices[~padding], new[~padding]
         state.index_copy_(0, indices.long(), new)
-    elif not inplace or new.data_ptr() != state.data_ptr():
+    elif not inplace:
         state.copy_(new.view(state.shape))
     return y.unflatten(1, state.shape[1:3]) if state.dim() == 4 else y
 
