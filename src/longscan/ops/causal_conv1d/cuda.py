@@ -114,7 +114,8 @@ def backward(
         width = weight.shape[1]
         dweight = torch.empty((pieces, width, channels), dtype=torch.float32, device=x.device)
         dbias = torch.empty((pieces, channels), dtype=torch.float32, device=x.device)
-        strides = (*dy.stride()[:2], *x.stride()[:2], *((0, 0) if state is None else state.stride()[:2]))
+        own = (0, 0) if state is None else state.stride()[:2]
+        strides = (*dy.stride()[:2], *x.stride()[:2], *own, *dx.stride()[:2])
         run = _kernel("conv_backward", x.dtype, offsets is not None, width, silu, pair, x.device.index or 0)
         tensors = addresses(dy, dfinal, x, taps, shift, state, dx, dstate, dweight, dbias, offsets)
         run.launch(blocks, _THREADS, (*tensors, *strides, sequences, length, channels))

@@ -191,17 +191,6 @@ struct Ahead {
         if (++tile == S::EACH) tile = 0, group += BLOCKS * S::TEAMS;
     }
 
-    // Has what this warp will ask for of the next layer's `in` brought to the second cache: the shared memory holds less than the time
-    // until then would let it read.
-    DEVICE void warm(const number* next) {
-        using S = Sharing<MODEL>;
-        const number* own = next + threadIdx.x / 32 % S::TEAM * S::EACH * 64;
-        for (int group = first_group<MODEL>(); 16 * group < 2 * INNER; group += BLOCKS * S::TEAMS)
-#pragma unroll
-            for (int line = threadIdx.x % 32; line < 16 * S::EACH; line += 32)
-                asm volatile("prefetch.global.L2 [%0];" ::"l"(own + (i64)(16 * group + line / S::EACH) * MODEL + line % S::EACH * 64));
-    }
-
     // Asks for the next tile, to where the oldest was. There is a commit for every call, be it empty.
     DEVICE void ask() {
         // Few products have no group for a warp; one does not follow another.
@@ -548,7 +537,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(
             in.finish(layer, row, sequence, value, between);
         });
         meeting.arrive();
-        if (index + 1 < LAYERS) ahead.warm(layers[index + 1].in_proj);
         Select select;
         select.ask(layer, blockIdx.x);
         Step step;
