@@ -10,6 +10,7 @@ import pytest
 
 from longscan.cli import main
 from longscan.evaluation.published import ZERO_SHOT_METRICS, published_zero_shot
+from longscan.models.export import load_program
 from tests.integrations.harness import write_model, write_tasks
 from tests.models.small import make
 
@@ -79,6 +80,26 @@ def test_a_model_of_bytes(
     report = json.loads((tmp_path / "bytes" / "zero_shot.json").read_text())
     assert report["dtype"] == "bfloat16"
     assert report["results"][0]["value"] > 1
+
+
+def test_a_run_brings_its_tokenizer(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LONGSCAN_CACHE", str(tmp_path / "cache"))
+    Path("text.txt").write_text("".join(f"{i} squared is {i * i}\n" for i in range(500)))
+    small = ["--d-model", "16", "--n-layer", "1", "--batch-size", "2", "--sequence-length", "32", "--device", "cpu"]
+    assert main(["train", "text", "--data", "text.txt", "--name", "a", "--steps", "1", "--sample", "0", *small]) == 0
+    options = ["--tasks", "animals", "--include-path", place / "tasks", "--limit", 3]
+    code, text = call(capsys, monkeypatch, "runs/a", *options)
+    assert code == 0, text
+    report = json.loads(Path("runs/a/zero_shot.json").read_text())
+    assert report["tokenizer"] == "longscan-bytes"
+    code, text = call(capsys, monkeypatch, "runs/a", *options, "--tokenizer", "bytes")
+    assert code == 2
+    assert "a tokenizer of its own" in text
+    assert main(["export", "runs/a", "--format", "pt2"]) == 0
+    assert load_program("runs/a/step.pt2").graph_signature.user_inputs[0] == "tokens"
 
 
 def test_errors_are_one_line(

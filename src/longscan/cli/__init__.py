@@ -12,6 +12,7 @@ COMMANDS = {
     "train": "train a model:  longscan train text,  longscan train --resume runs/NAME",
     "generate": "continue a prompt:  longscan generate runs/NAME --prompt 'def '",
     "evaluate": "held-out bits per byte, or benchmarks:  longscan evaluate runs/NAME [--tasks hellaswag,piqa]",
+    "export": "write its graph, for ONNX or torch.export:  longscan export runs/NAME --format onnx",
     "bench": "measure speed here, beside the peers that are installed:  longscan bench scan",
     "doctor": "say which backend serves what on this machine, and test each",
 }
