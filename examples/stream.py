@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import resource
+import sys
 import time
 
 import torch
 
 from longscan import LanguageModel, LanguageModelConfig
+
+
+def peak_memory() -> str:
+    """The most memory that this process has had."""
+    if sys.platform == "win32":
+        return "unknown"
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # of what the system counts in
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20:,.0f} MiB"
 
 
 def main() -> None:
@@ -31,10 +41,9 @@ def main() -> None:
             nats += torch.nn.functional.cross_entropy(logits[0, :-1], chunk[0, 1:], reduction="sum").item()
             done += chunk.shape[1]
             if done % report < options.chunk or done == options.tokens:
-                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # KiB on Linux
                 speed = done / (time.perf_counter() - start)
                 print(
-                    f"{done:>9,} tokens: state {state.nbytes:,} bytes, process at most {peak:,.0f} MiB, "
+                    f"{done:>9,} tokens: state {state.nbytes:,} bytes, process at most {peak_memory()}, "
                     f"{speed:,.0f} tokens/s, {nats / done:.2f} nats a token"
                 )
 

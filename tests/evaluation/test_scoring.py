@@ -105,6 +105,15 @@ def test_a_context_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(read) == len(context) + 4 * 2
 
 
+@pytest.mark.gpu
+def test_a_gpu_scores_the_same() -> None:
+    model = make().eval()
+    requests = questions(model)
+    expected = score_continuations(model, requests)
+    for score, wanted in zip(score_continuations(model.cuda(), requests), expected, strict=True):
+        assert score.log_likelihood == pytest.approx(wanted.log_likelihood, rel=1e-4, abs=1e-3)
+
+
 def test_progress_counts_every_request() -> None:
     model = make().eval()
     requests = questions(model)

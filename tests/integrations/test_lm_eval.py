@@ -19,7 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from longscan.errors import ArgumentError, ConfigError
-from longscan.integrations.lm_eval import LongscanLM
+from longscan.integrations.lm_eval import LongscanLM, _tokenizer_of
 from longscan.models import LanguageModel
 from tests.integrations.harness import END, write_model, write_tasks
 from tests.models.small import make
@@ -176,7 +176,14 @@ def test_a_run_of_ours_names_its_tokenizer(place: Path) -> None:
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(f'{{"model": {config}, "text": {{"tokenizer": "bytes"}}}}')
     assert LongscanLM(str(folder), device="cpu").tok_encode("a") == [97]
-    assert isinstance(LanguageModel.from_pretrained(folder), LanguageModel)
+    folder = model.save_pretrained(place / "for-mamba-ssm", format="mamba-ssm")
+    assert LongscanLM(str(folder), device="cpu").tok_encode("a") == [97]
+
+
+def test_released_models_have_a_tokenizer_they_do_not_name(tmp_path: Path) -> None:
+    folder = make(vocab_size=50277, n_layer=1).save_pretrained(tmp_path, format="mamba-ssm")
+    model = LanguageModel.from_pretrained(folder)
+    assert _tokenizer_of(str(folder), model, None) == "EleutherAI/gpt-neox-20b"
 
 
 def test_the_harness_s_own_command(place: Path) -> None:

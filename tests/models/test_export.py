@@ -124,6 +124,17 @@ def test_prefill_of_any_length(model: LanguageModel, tmp_path: Path) -> None:
             close(left, right)
 
 
+@pytest.mark.gpu
+def test_a_gpu_s_graphs(tmp_path: Path) -> None:
+    model = make(n_layer=1).eval().cuda()
+    given = tokens(2, 9).cuda()
+    expected, _ = model(given)
+    prefill = reload(export_prefill(model), tmp_path / "prefill.pt2")
+    step = reload(export_step(model), tmp_path / "step.pt2")
+    _, state = prefill(given[:, :8], model.initial_state(2))
+    torch.testing.assert_close(step(given[:, 8], state)[0], expected[:, 8], rtol=1e-3, atol=1e-4)
+
+
 def test_options_of_the_model(tmp_path: Path) -> None:
     """Inner norms, an MLP, biases, a head of its own, no convolution to speak of."""
     options = {"selection_norm_eps": 1e-6, "bias": True, "conv_bias": False, "d_conv": 1}

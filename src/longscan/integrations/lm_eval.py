@@ -27,8 +27,8 @@ from longscan.models import LanguageModel
 from longscan.models.pretrained import CONFIG_FILE, find_folder
 from longscan.tasks.tokenizers import BYTES, TOKENIZER_FILE, Tokenizer, load_tokenizer
 
-# The models that mamba-ssm released have this one and do not say so.
-_RELEASED_TOKENIZER = "EleutherAI/gpt-neox-20b"
+# The models that mamba-ssm released have this one, of so many tokens, and do not say so.
+_RELEASED_TOKENIZER, _RELEASED_VOCABULARY = "EleutherAI/gpt-neox-20b", 50277
 _GENERATED_ROWS = 32
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -253,7 +253,7 @@ def _tokenizer_of(pretrained: str | LanguageModel, model: LanguageModel, revisio
         values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         if isinstance(values.get("text"), dict) and "tokenizer" in values["text"]:
             return str(values["text"]["tokenizer"])
-        if "ssm_cfg" in values:
+        if "ssm_cfg" in values and model.config.vocab_size == _RELEASED_VOCABULARY:
             return _RELEASED_TOKENIZER
     if model.config.vocab_size == 256:
         return BYTES
