@@ -37,6 +37,8 @@ HEAVY = {
     "transformers",
     "tokenizers",
     "datasets",
+    "lm_eval",
+    "onnx",
     "tyro",
     "rich",
     "safetensors",

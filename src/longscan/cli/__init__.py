@@ -11,7 +11,8 @@ from collections.abc import Sequence
 COMMANDS = {
     "train": "train a model:  longscan train text,  longscan train --resume runs/NAME",
     "generate": "continue a prompt:  longscan generate runs/NAME --prompt 'def '",
-    "evaluate": "held-out bits per byte of a trained model:  longscan evaluate runs/NAME",
+    "evaluate": "held-out bits per byte, or benchmarks:  longscan evaluate runs/NAME [--tasks hellaswag,piqa]",
+    "export": "write its graph, for ONNX or torch.export:  longscan export runs/NAME --format onnx",
     "bench": "measure speed here, beside the peers that are installed:  longscan bench scan",
     "doctor": "say which backend serves what on this machine, and test each",
 }

@@ -1,4 +1,7 @@
-"""`longscan evaluate runs/NAME`: held-out bits per byte of a trained model, beside compressors, and by position."""
+"""`longscan evaluate runs/NAME`: held-out bits per byte of a trained model, beside compressors, and by position.
+
+With `--tasks`: benchmarks of lm-evaluation-harness instead, of any saved model (:mod:`longscan.cli.zero_shot`).
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,10 @@ _STREAMED = (
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Measure a run on its held-out part, or on all of another text, and write the figures as JSON."""
+    """Measure a run on its held-out part, or on all of another text, or on benchmarks; figures are written as JSON."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Folder of the run."""
+    """Folder of the run; with --tasks also of a saved model, or a name on the Hugging Face Hub."""
     data: str | None = None
     """Other text to measure on, all of it: as for `longscan train text`."""
     field: str = "text"
@@ -35,7 +38,18 @@ class Options:
     length: int | None = None
     """Longest context of the loss by position; default: four times the length the run was trained on."""
     output: Path | None = None
-    """The JSON file; default: evaluation.json in the run's folder."""
+    """The JSON file; default: evaluation.json (zero_shot.json with --tasks) in the run's folder."""
+    tasks: str | None = None
+    """Names of lm-evaluation-harness's tasks, with commas between them. The paper's table is
+    lambada_openai,hellaswag,piqa,arc_easy,arc_challenge,winogrande."""
+    limit: float | None = None
+    """Of each task only so many documents, or, below 1, this fraction of them."""
+    num_fewshot: int | None = None
+    """Examples in front of each question; default: the task's."""
+    include_path: Path | None = None
+    """A folder with YAML files of tasks of your own."""
+    tokenizer: str | None = None
+    """With --tasks, for a model that is no run: "bytes", a tokenizer.json or a name on the Hub; default: its own."""
 
 
 def measure(
@@ -59,6 +73,10 @@ def measure(
 
 def run(options: Options) -> int:
     """Print the table and the loss by position, write both."""
+    if options.tasks is not None:
+        from longscan.cli import zero_shot
+
+        return zero_shot.run(options)
     from rich.table import Table
 
     from longscan.cli.generate import load_run

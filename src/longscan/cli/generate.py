@@ -40,6 +40,21 @@ class Options:
     """Where to compute."""
 
 
+def choose_device(device: str) -> str:
+    """The device that "auto" means here, or the one asked for.
+
+    Raises:
+        ConfigError: "cuda" where there is none.
+    """
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: 'cuda' was asked for, but torch finds no GPU here; use --device cpu")
+    return device
+
+
 def load_run(folder: Path, device: str) -> tuple[Any, Any]:
     """Model and tokenizer of a run: what it ended with, or its newest sound checkpoint if it has not ended yet.
 
@@ -58,10 +73,7 @@ def load_run(folder: Path, device: str) -> tuple[Any, Any]:
     from longscan.training.runs import read_run
 
     config = read_run(folder)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device: 'cuda' was asked for, but torch finds no GPU here; use --device cpu")
+    device = choose_device(device)
     source = folder
     if not (folder / WEIGHTS_FILE).is_file():
         newest, faults = newest_sound(folder / CHECKPOINTS_FOLDER)

@@ -99,7 +99,9 @@ class SequenceMixer(nn.Module, abc.ABC):
         weight = next(self.parameters())
         if x.device != weight.device:
             raise ArgumentError(f"x is on {x.device} and the {name} on {weight.device}; move one with .to(device)")
-        if x.dtype != self.activation_dtype() and not torch.is_autocast_enabled(x.device.type):
+        # While torch.export traces, stand-ins of the parameters carry no marks, and so do not say their dtype's role.
+        checked = not torch.compiler.is_exporting() and not torch.is_autocast_enabled(x.device.type)
+        if checked and x.dtype != self.activation_dtype():
             raise ArgumentError(
                 f"x is {x.dtype} and the weights of this {name} are {self.activation_dtype()}; convert x, or the mixer "
                 "with .to(dtype), or run under torch.autocast"

@@ -35,6 +35,8 @@ class State:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         State._types[cls.__name__] = cls
+        # Tensors and plain values only: exported programs and checkpoints with states load without unpickling code.
+        torch.serialization.add_safe_globals([cls])
         pytree.register_pytree_node(
             cls,
             _flatten,
