@@ -16,6 +16,7 @@ from longscan.models.config import LanguageModelConfig
 from longscan.models.generation import Generation, Prompts
 from longscan.models.pretrained import load_pretrained, save_pretrained
 from longscan.nn.state import ModelState
+from longscan.ops import linear_cross_entropy
 
 
 class LanguageModel(nn.Module):
@@ -138,17 +139,38 @@ class LanguageModel(nn.Module):
             reduction: "mean" over the places that count, "sum", or "none" for (batch, length) values.
 
         Returns:
-            float32 loss.
+            float32 loss. Its memory does not grow with the vocabulary, except with ``reduction="none"``
+            (:func:`longscan.ops.linear_cross_entropy`).
         """
+        return self.loss_and_state(tokens, targets, cu_seqlens=cu_seqlens, reduction=reduction)[0]
+
+    def loss_and_state(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        state: ModelState | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        reduction: str = "mean",
+    ) -> tuple[Tensor, ModelState | None]:
+        """:meth:`loss` after what ``state`` remembers, and the state after the tokens (None if none was given)."""
         if targets.shape != tokens.shape:
             raise ArgumentError(
                 f"targets must have the shape of tokens, {tuple(tokens.shape)}; got {tuple(targets.shape)}"
             )
         if reduction not in ("mean", "sum", "none"):
             raise ArgumentError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
-        logits, _ = self(tokens, cu_seqlens=cu_seqlens)
+        hidden, state = self.backbone(tokens, state, cu_seqlens=cu_seqlens)
+        # A layer around the head (an adapter) is called, never read past.
+        if reduction != "none" and type(self.lm_head) is nn.Linear:
+            vocabulary = self.config.vocab_size
+            loss = linear_cross_entropy(
+                hidden, self.lm_head.weight, targets, vocab_size=vocabulary, reduction=reduction
+            )
+            return loss, state
+        logits = self.head(hidden)
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.long().flatten(), reduction=reduction)
-        return loss.view_as(targets) if reduction == "none" else loss
+        return loss.view_as(targets) if reduction == "none" else loss, state
 
     def generate(self, prompts: Prompts, max_new_tokens: int, **options: Any) -> Generation:
         """Continue prompts; options and result: :class:`longscan.models.generation.Generation`.

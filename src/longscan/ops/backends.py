@@ -26,6 +26,7 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "selective_scan": ("cpu", "cuda", "triton", "reference"),
     "causal_conv1d": ("cpu", "cuda", "triton", "reference"),
     "add_rms_norm": ("cpu", "triton", "reference"),
+    "linear_cross_entropy": ("triton", "reference"),
 }
 
 #: Every name that `backend=`, `with backend(...)` and LONGSCAN_BACKEND take.

@@ -7,8 +7,7 @@ import time
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from longscan.errors import ConfigError
 from longscan.models import LanguageModel
@@ -22,6 +21,18 @@ from longscan.training.optimizers import Optimizers, clip_gradients
 def autocast(device: torch.device, precision: str) -> Any:
     """The context in which a model runs at a precision."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+class Loss(nn.Module):
+    """A model's loss as a module's call: what wrappers of modules see."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, targets: Tensor, state: ModelState | None) -> tuple[Tensor, ModelState | None]:
+        """Tokens, targets (batch, length) and the state before to the mean loss in nats, and the state after."""
+        return self.model.loss_and_state(tokens, targets, state)
 
 
 class Stepper:
@@ -57,7 +68,8 @@ class Stepper:
         first = ranks.rank * config.accumulate
         self._slices = [slice(part * rows, (part + 1) * rows) for part in range(first, first + config.accumulate)]
         self._ranks = ranks
-        self._net: Any = torch.compile(model) if config.compile else model
+        loss = Loss(model)
+        self._net: Any = torch.compile(loss) if config.compile else loss
         if ranks.size > 1:
             self._net = torch.nn.parallel.DistributedDataParallel(self._net, broadcast_buffers=False)
 
@@ -79,8 +91,8 @@ class Stepper:
             quiet = contextlib.nullcontext() if last or self._ranks.size == 1 else self._net.no_sync()
             with quiet:
                 with autocast(self._device, config.precision):
-                    logits, after = self._net(tokens, self.states[index] if self.states is not None else None)
-                loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten()) / len(self._slices)
+                    loss, after = self._net(tokens, targets, self.states[index] if self.states is not None else None)
+                loss = loss / len(self._slices)
                 loss.backward()
             if self.states is not None:
                 self.states[index] = after.detach()
