@@ -71,6 +71,15 @@ def test_generation(family: str, options: dict[str, Any]) -> None:
         assert torch.equal(run(), plain)
 
 
+@pytest.mark.parametrize("family", ["mamba", "jamba"])
+def test_a_static_cache(family: str) -> None:
+    model, ids = make(family), tokens(2, 5)
+    options = {"max_new_tokens": 5, "do_sample": False, "cache_implementation": "static"}
+    plain = model.generate(ids, **options)
+    with enable():
+        assert torch.equal(model.generate(ids, **options), plain)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_left_padding(family: str) -> None:

@@ -84,6 +84,20 @@ def test_padding_anywhere_leaves_no_trace(rows: list[list[bool]], cut: int, fami
             torch.testing.assert_close(after[row], call(model, ids[row : row + 1, :1], memory)[0][0], **EXACT)
 
 
+@torch.no_grad()
+def test_left_padding_before_a_projection_with_a_bias() -> None:
+    """Their mask is applied before it, so that the bias gets into the convolution's window."""
+    model, short = make("mamba", use_bias=True), tokens(1, 4)
+    ids = torch.cat([torch.zeros(1, 3, dtype=torch.int64), short], 1)
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1]])
+    alone, _ = call(model, short)
+    plain, _ = call(model, ids, attention_mask=mask)
+    assert (plain[:, 3:] - alone).abs().max() > 1e-3
+    with enable():
+        ours, _ = call(model, ids, attention_mask=mask)
+    torch.testing.assert_close(ours[:, 3:], alone, **EXACT)
+
+
 def test_gradients_of_a_padded_batch() -> None:
     model, ids = make("mamba"), tokens(2, 6)
     mask = torch.tensor([[1] * 6, [0, 1, 1, 1, 0, 0]])

@@ -199,6 +199,10 @@ def test_a_generation_goes_on_from_its_cache() -> None:
     first = theirs.generate(TOKENS, **plain(max_new_tokens=3, return_dict_in_generate=True))
     more = theirs.generate(first.sequences, past_key_values=first.past_key_values, **plain(max_new_tokens=5))
     assert torch.equal(more, whole)
+    # A long prompt can go in pieces.
+    cache = hf.LongscanCache()
+    pieces = theirs.generate(TOKENS, past_key_values=cache, prefill_chunk_size=3, **plain(max_new_tokens=8))
+    assert torch.equal(pieces, whole)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from longscan.integrations.transformers.card import model_card
     from longscan.integrations.transformers.configuration import LongscanConfig
     from longscan.integrations.transformers.modeling import LongscanCache, LongscanForCausalLM
+    from longscan.integrations.transformers.tokenizer import tokenizer_of
 
 __all__ = [
     "FAMILIES",
@@ -30,6 +31,7 @@ __all__ = [
     "enabled",
     "model_card",
     "register",
+    "tokenizer_of",
 ]
 
 
@@ -58,6 +60,7 @@ _LATER = {
     "LongscanConfig": "configuration",
     "LongscanForCausalLM": "modeling",
     "model_card": "card",
+    "tokenizer_of": "tokenizer",
 }
 
 
