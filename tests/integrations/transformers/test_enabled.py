@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 
 from longscan.integrations.transformers import enable
-from tests.integrations.transformers.theirs import FAMILIES, call, make, tokens
+from tests.integrations.transformers.theirs import FAMILIES, cache_name, call, make, tokens
 
 pytest.importorskip("transformers")
 
@@ -165,8 +166,12 @@ def test_gradients_through_a_cache() -> None:
 @pytest.mark.compile
 @torch.no_grad()
 def test_compiles_whole() -> None:
+    """A pass and a token, each in one graph."""
     model, ids = make("mamba", num_hidden_layers=1), tokens(2, 6)
     with enable():
-        plain = model(ids, use_cache=False).logits
+        plain, cache = call(model, ids[:, :5])
+        last, _ = call(model, ids[:, 5:], copy.deepcopy(cache))
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(ids, use_cache=False).logits, plain, **EXACT)
+        torch.testing.assert_close(compiled(ids[:, :5], use_cache=False).logits, plain, **EXACT)
+        found = compiled(ids[:, 5:], **{cache_name(model): cache}, use_cache=True).logits
+    torch.testing.assert_close(found, last, **EXACT)

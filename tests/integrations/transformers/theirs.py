@@ -51,9 +51,14 @@ def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
     return torch.randint(1, VOCABULARY, (batch, length), generator=generator)
 
 
+def cache_name(model: Any) -> str:
+    """What the model's argument and output are called; it has changed with versions and models."""
+    names = inspect.signature(model.forward).parameters
+    return next(name for name in ("cache", "cache_params", "past_key_values") if name in names)
+
+
 def call(model: Any, ids: Tensor, cache: Any = None, **options: Any) -> tuple[Tensor, Any]:
     """Logits and the cache after them."""
-    names = inspect.signature(model.forward).parameters
-    name = next(name for name in ("cache", "cache_params", "past_key_values") if name in names)
+    name = cache_name(model)
     output = model(ids, **({} if cache is None else {name: cache}), use_cache=True, **options)
     return output.logits, getattr(output, name)

@@ -93,12 +93,12 @@ def _step(shape: Shape, mixer: Any, u: Tensor, z: Tensor, cache: Any, before: _M
     u, _ = causal_conv1d_update(before.window(mixer, False).to(u.dtype), u, *_filter(mixer), activation="silu")
     dt, B, C, dt_bias = shape.select(mixer, u)
     state = before.state(False)
+    inplace = state.dtype == torch.float32 and u.dtype != torch.float64 and before.ssm.is_contiguous()
     y, after = selective_state_update(
-        state, u, dt, _decay(mixer, u.dtype), B, C, mixer.D.flatten(), z, dt_bias, dt_softplus=True,
-        inplace=state.dtype == torch.float32 and u.dtype != torch.float64,
-    )  # fmt: skip
+        state, u, dt, _decay(mixer, u.dtype), B, C, mixer.D.flatten(), z, dt_bias, dt_softplus=True, inplace=inplace
+    )
     cache.update_conv_state(raw[..., None], mixer.layer_idx, conv_kernel_size=mixer.conv_kernel_size)
-    if after.data_ptr() != before.ssm.data_ptr():
+    if not inplace:
         cache.update_recurrent_state(after.view_as(before.ssm), mixer.layer_idx)
     return y
 
