@@ -39,8 +39,8 @@ def main() -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     print(f"trained: {loss(model, FIRST):.3f} nats a byte; of the other text {loss(model, SECOND):.3f}")
 
-    # Not dt_proj: its weight goes into the scan as it is, past a layer that peft could replace.
-    adapter = LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules=["in_proj", "x_proj", "out_proj"])
+    targets = ["in_proj", "x_proj", "dt_proj", "out_proj"]
+    adapter = LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules=targets)
     model = inject_adapter_in_model(adapter, model)
     few = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"LoRA trains {few:,} of {model.num_parameters():,} parameters")

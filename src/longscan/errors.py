@@ -36,3 +36,7 @@ class StorageError(LongscanError, OSError):
 
 class TrainingError(LongscanError, RuntimeError):
     """Training cannot go on: the loss or the gradient is no longer a number."""
+
+
+class IntegrationError(LongscanError, RuntimeError):
+    """Another package is missing, or is not as this one must find it to work with it."""

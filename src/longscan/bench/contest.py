@@ -23,6 +23,7 @@ PEERS = (
     "reference",
     "unfused",
     "transformers",
+    "transformers+longscan",
     "mambapy",
     "llama.cpp",
     "mamba-ssm",

@@ -53,6 +53,7 @@ def _measure(shape: tuple[int, ...], dtype: str, settings: Settings, bandwidth: 
     peers: dict[str, Callable[[], Call]] = {
         "reference": lambda: _reference(model, tokens),
         "transformers": lambda: _transformers(model, tokens),
+        "transformers+longscan": lambda: huggingface.accelerated(_transformers(model, tokens)),
         "mambapy": lambda: _mambapy(model, tokens),
         "llama.cpp": lambda: _llama_cpp(model, tokens),
         "mamba-ssm": lambda: _mamba_ssm(model, tokens),

@@ -44,6 +44,7 @@ def _measure(shape: tuple[int, ...], dtype: str, settings: Settings) -> list[Row
     peers: dict[str, Callable[[], Call]] = {
         "reference": lambda: _ours(model, tokens, "reference"),
         "transformers": lambda: _transformers(model, tokens),
+        "transformers+longscan": lambda: huggingface.accelerated(_transformers(model, tokens)),
         "mambapy": lambda: _mambapy(model, tokens),
         "llama.cpp": lambda: _llama_cpp(model, tokens),
         "mamba-ssm": lambda: _mamba_ssm(model, tokens),

@@ -70,6 +70,7 @@ def _measure(shape: tuple[int, ...], dtype: str, settings: Settings) -> list[Row
     peers: dict[str, tuple[Build, Loss]] = {
         "reference": (itself, loss_by("reference")),
         "transformers": (huggingface.language_model, huggingface.loss),
+        "transformers+longscan": (huggingface.language_model, huggingface.accelerated(huggingface.loss)),
         "mambapy": (mambapy.language_model, mambapy.loss),
         "mamba-ssm": (mamba_ssm.language_model, mamba_ssm.loss),
     }

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longscan.errors import ArgumentError
+from longscan.nn.linear import StepProjection, product_and_bias
 from longscan.nn.mixer import SequenceMixer, check_batch, keep_float32, no_weight_decay
 from longscan.nn.state import State
 from longscan.ops import causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update
@@ -110,7 +111,7 @@ class Mamba(SequenceMixer):
         # Holds weight and bias under the names of the released models; the operator does the work.
         self.conv1d = nn.Conv1d(self.d_inner, self.d_inner, d_conv, groups=self.d_inner, bias=conv_bias, **factory)
         self.x_proj = nn.Linear(self.d_inner, dt_rank + 2 * d_state, bias=False, **factory)
-        self.dt_proj = nn.Linear(dt_rank, self.d_inner, **factory)
+        self.dt_proj = StepProjection(dt_rank, self.d_inner, **factory)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **factory)
 
         spread = dt_rank**-0.5 * dt_scale
@@ -156,14 +157,13 @@ class Mamba(SequenceMixer):
         u, z = self.in_proj(x).chunk(2, dim=-1)
         u, conv = causal_conv1d(
             u,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
+            *self._filter(),
             None if before is None else before.conv.to(u.dtype),
             activation="silu",
             cu_seqlens=cu_seqlens,
             return_final_state=True,
         )
-        dt, B, C = self._select(u)
+        dt, B, C, dt_bias = self._select(u)
         y, ssm = selective_scan(
             u,
             dt,
@@ -172,7 +172,7 @@ class Mamba(SequenceMixer):
             C,
             self.D,
             z,
-            self.dt_proj.bias,
+            dt_bias,
             None if before is None else before.ssm,
             dt_softplus=True,
             cu_seqlens=cu_seqlens,
@@ -185,25 +185,33 @@ class Mamba(SequenceMixer):
         self.check_input(x.unsqueeze(1), state, None, MambaState)
         assert isinstance(state, MambaState)
         u, z = self.in_proj(x).chunk(2, dim=-1)
-        weight = self.conv1d.weight.squeeze(1)
         u, conv = causal_conv1d_update(
-            state.conv, u, weight, self.conv1d.bias, activation="silu", inplace=inplace and state.conv.dtype == u.dtype
+            state.conv, u, *self._filter(), activation="silu", inplace=inplace and state.conv.dtype == u.dtype
         )
-        dt, B, C = self._select(u)
+        dt, B, C, dt_bias = self._select(u)
         y, ssm = selective_state_update(
-            state.ssm, u, dt, self.A, B, C, self.D, z, self.dt_proj.bias, dt_softplus=True, inplace=inplace
+            state.ssm, u, dt, self.A, B, C, self.D, z, dt_bias, dt_softplus=True, inplace=inplace
         )
         return self.out_proj(y), MambaState(conv.to(state.conv.dtype), ssm)
 
-    def _select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The selection: dt before its bias and softplus (..., d_inner), B and C (..., N)."""
+    def _filter(self) -> tuple[Tensor, Tensor | None]:
+        """The convolution's (d_inner, d_conv) weight and its bias."""
+        if not isinstance(self.conv1d, nn.Conv1d):
+            raise ArgumentError(
+                f"conv1d is a {type(self.conv1d).__name__}, expected nn.Conv1d: only its weights are read, what is put "
+                "around it would be left out; adapters can go around in_proj, x_proj, dt_proj and out_proj"
+            )
+        return self.conv1d.weight.squeeze(1), self.conv1d.bias
+
+    def _select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The selection: dt before its bias and softplus (..., d_inner), B and C (..., N), and that bias."""
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         if self.selection_norm_eps is not None:
             dt, B, C = (_rms_norm(part, self.selection_norm_eps) for part in (dt, B, C))
-        dt = F.linear(dt, self.dt_proj.weight)
+        dt, dt_bias = product_and_bias(self.dt_proj, dt)
         if self.is_complex:
             B, C = self._as_complex(B), self._as_complex(C)
-        return dt, B, C
+        return dt, B, C, dt_bias
 
     def _as_complex(self, pairs: Tensor) -> Tensor:
         wide = torch.promote_types(pairs.dtype, torch.float32)

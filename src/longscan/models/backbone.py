@@ -129,16 +129,34 @@ class Backbone(nn.Module):
         """tokens (batch, length) to normalised hidden vectors (batch, length, d_model), and the state after them."""
         if tokens.dim() != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 1:
             raise ArgumentError(f"tokens must be (batch, length), both at least 1; got shape {tuple(tokens.shape)}")
-        self._check_tokens(tokens)
+        self.check_tokens(tokens)
+        return self.mix(self.embedding(tokens), state, cu_seqlens=cu_seqlens)
+
+    def mix(
+        self,
+        x: Tensor,
+        state: ModelState | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        streams: list[Tensor] | None = None,
+    ) -> tuple[Tensor, ModelState | None]:
+        """:meth:`forward` from the embeddings on, x (batch, length, d_model).
+
+        ``streams`` is given the residual stream before the first layer and after each, each like x.
+        """
         if state is not None:
-            self._check_state(state, tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
-        x = self.embedding(tokens)
+            self._check_state(state, x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
         residual: Tensor | None = None
         after: list[State | None] = []
         for index, layer in enumerate(self.layers):
+            if streams is not None:
+                streams.append(x if residual is None else x + residual)
             own = None if state is None else state.layers[index]
             x, residual, own = layer(x, residual, own, cu_seqlens=cu_seqlens)
             after.append(own)
+        if streams is not None:
+            assert residual is not None
+            streams.append(x + residual)
         assert residual is not None
         x, _ = self.norm_f(x, residual, residual.dtype)
         return x, None if state is None else ModelState(tuple(after))
@@ -147,7 +165,7 @@ class Backbone(nn.Module):
         """One token per sequence: tokens (batch,) to hidden vectors (batch, d_model)."""
         if tokens.dim() != 1 or tokens.shape[0] < 1:
             raise ArgumentError(f"tokens must be (batch,), one per sequence; got shape {tuple(tokens.shape)}")
-        self._check_tokens(tokens)
+        self.check_tokens(tokens)
         self._check_state(state, tokens.shape[0])
         x = self.embedding(tokens)
         residual: Tensor | None = None
@@ -160,7 +178,8 @@ class Backbone(nn.Module):
         x, _ = self.norm_f(x, residual, residual.dtype)
         return x, ModelState(tuple(after))
 
-    def _check_tokens(self, tokens: Tensor) -> None:
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Raise ArgumentError unless tokens are integers and, on the CPU, all in the vocabulary."""
         if tokens.dtype not in (torch.int64, torch.int32):
             raise ArgumentError(f"tokens must be int64 or int32, got {tokens.dtype}")
         # On other devices looking at values would wait for them, and in a traced graph there are none.

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from longscan.errors import ArgumentError, BackendError
 from longscan.mixers.mamba import Mamba, MambaState
+from longscan.nn.linear import StepProjection, is_plain
+from longscan.nn.norms import AddRMSNorm
 from longscan.nn.state import ModelState
 
 if TYPE_CHECKING:
@@ -53,7 +55,8 @@ class CompiledStepper:
     """All layers and the head of a real Mamba in one call (:mod:`longscan.ops.mamba_step`), on the CPU or a GPU.
 
     Raises:
-        BackendError: the model has other mixers, or weights that the compiled step cannot read.
+        BackendError: the model has other mixers, weights that the compiled step cannot read, or modules that do more
+            than their weights say (adapters, hooks).
     """
 
     def __init__(self, model: LanguageModel) -> None:
@@ -61,6 +64,7 @@ class CompiledStepper:
 
         backbone = model.backbone
         layers = [_weights(block) for block in backbone.blocks]
+        _check_plain(backbone.embedding, backbone.norm_f, model.lm_head)
         head = None if model.config.tie_embeddings else model.lm_head.weight
         make = CudaMambaDecoder if model.device.type == "cuda" else MambaDecoder
         self._decoder: CudaMambaDecoder | MambaDecoder = make(
@@ -158,6 +162,7 @@ def _weights(block: Block) -> MambaStepWeights:
         raise BackendError(f"the compiled step serves Mamba with a real A and no inner norms, this layer is {mixer}")
     if block.mlp is not None:
         raise BackendError("the compiled step serves blocks without an MLP")
+    _check_plain(block.norm, mixer.in_proj, mixer.conv1d, mixer.x_proj, mixer.dt_proj, mixer.out_proj)
     return MambaStepWeights(
         norm=block.norm.weight,
         eps=block.norm.eps,
@@ -173,3 +178,9 @@ def _weights(block: Block) -> MambaStepWeights:
         out_proj=mixer.out_proj.weight,
         out_proj_bias=mixer.out_proj.bias,
     )
+
+
+def _check_plain(*modules: nn.Module) -> None:
+    for module in modules:
+        if not is_plain(module, nn.Linear, StepProjection, nn.Conv1d, nn.Embedding, AddRMSNorm):
+            raise BackendError(f"the compiled step reads plain weights, this is more than that: {module}")

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,9 @@ from longscan.errors import ConfigError
 from longscan.models.config import LanguageModelConfig
 
 FORMATS = ("longscan", "mamba-ssm", "transformers")
+
+# Ours, by the name that Transformers calls architectures by.
+_MODEL_TYPE = "longscan"
 
 # A gated MLP's width in mamba-ssm is rounded up to a multiple of this.
 _MLP_MULTIPLE = 128
@@ -43,7 +47,7 @@ _MAMBA_SSM_OPTIONS = (
 def recognise(values: Mapping[str, Any]) -> str:
     """The format that a ``config.json`` is of."""
     if "model_type" in values:
-        return "transformers"
+        return "longscan" if values["model_type"] == _MODEL_TYPE else "transformers"
     if "ssm_cfg" in values or "rms_norm" in values:
         return "mamba-ssm"
     return "longscan"
@@ -60,6 +64,11 @@ def read_config(values: Mapping[str, Any]) -> LanguageModelConfig:
         return _from_transformers(values)
     if kind == "mamba-ssm":
         return _from_mamba_ssm(values)
+    values = {name: value for name, value in values.items() if name not in ("model_type", "architectures")}
+    if "transformers_version" in values:
+        # Transformers has written it: what is not ours in it is its own.
+        ours = {field.name for field in dataclasses.fields(LanguageModelConfig)}
+        values = {name: value for name, value in values.items() if name in ours}
     return LanguageModelConfig.from_dict(values)
 
 
@@ -72,7 +81,8 @@ def write_config(config: LanguageModelConfig, kind: str) -> dict[str, Any]:
     if kind not in FORMATS:
         raise ConfigError(f"format: got {kind!r}; allowed are {', '.join(FORMATS)}")
     if kind == "longscan":
-        return config.to_dict()
+        # By the first two, Transformers knows whose it is (`longscan.integrations.transformers`).
+        return {"model_type": _MODEL_TYPE, "architectures": ["LongscanForCausalLM"], **config.to_dict()}
     if set(config.mixer_names) != {"mamba"}:
         raise ConfigError(f"format {kind!r} holds Mamba layers only, this model has {', '.join(config.mixer_names)}")
     options = config.options_of("mamba")

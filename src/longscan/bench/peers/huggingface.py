@@ -1,15 +1,36 @@
-"""Transformers' Mamba (`transformers`), in plain PyTorch as it runs where no kernels are installed."""
+"""Transformers' Mamba (`transformers`), in plain PyTorch as it runs where no kernels are installed.
+
+With :func:`accelerated` it runs on our operators instead, as after `longscan.integrations.transformers.enable()`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longscan.mixers import Mamba
 from longscan.models import LanguageModel
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def accelerated(call: Callable[P, T]) -> Callable[P, T]:
+    """The call with Transformers' Mamba on our operators.
+
+    They are put in before it and taken out after it, so that the contender without them stays as it is.
+    """
+
+    def accelerated_call(*args: P.args, **kwargs: P.kwargs) -> T:
+        from longscan.integrations.transformers import enable
+
+        with enable(("mamba",)):
+            return call(*args, **kwargs)
+
+    return accelerated_call
 
 
 def scan(inputs: dict[str, Tensor]) -> tuple[Callable[[], Tensor], list[Tensor]]:

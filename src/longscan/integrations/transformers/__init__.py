@@ -1,0 +1,77 @@
+"""Hugging Face Transformers: its Mamba-1 models on our operators, and our models as its own.
+
+    import longscan.integrations.transformers as hf
+    hf.enable()     # MambaForCausalLM, Falcon Mamba, Jamba, Zamba: faster, the same outputs; hf.disable() undoes it
+    hf.register()   # AutoModelForCausalLM.from_pretrained(a folder of LanguageModel.save_pretrained)
+
+With LONGSCAN_TRANSFORMERS=1 in the environment, importing this module enables and registers by itself.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from longscan.integrations.transformers.patches import FAMILIES, Enabled, disable, enable, enabled
+
+if TYPE_CHECKING:
+    from longscan.integrations.transformers.card import model_card
+    from longscan.integrations.transformers.configuration import LongscanConfig
+    from longscan.integrations.transformers.modeling import LongscanCache, LongscanForCausalLM
+    from longscan.integrations.transformers.tokenizer import tokenizer_of
+
+__all__ = [
+    "FAMILIES",
+    "Enabled",
+    "LongscanCache",
+    "LongscanConfig",
+    "LongscanForCausalLM",
+    "disable",
+    "enable",
+    "enabled",
+    "model_card",
+    "register",
+    "tokenizer_of",
+]
+
+
+def register() -> None:
+    """Make our models known to ``AutoConfig`` and ``AutoModelForCausalLM`` (and so to ``pipeline``) by their folders.
+
+    Raises:
+        IntegrationError: Transformers is not installed.
+    """
+    from longscan.errors import IntegrationError
+
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM
+    except ImportError as error:
+        raise IntegrationError(f"transformers cannot be imported ({error}); install longscan[transformers]") from error
+    from longscan.integrations.transformers.configuration import LongscanConfig
+    from longscan.integrations.transformers.modeling import LongscanForCausalLM
+
+    AutoConfig.register("longscan", LongscanConfig, exist_ok=True)
+    AutoModelForCausalLM.register(LongscanConfig, LongscanForCausalLM, exist_ok=True)
+
+
+# These are made of Transformers' classes, so they wait until somebody asks for them.
+_LATER = {
+    "LongscanCache": "modeling",
+    "LongscanConfig": "configuration",
+    "LongscanForCausalLM": "modeling",
+    "model_card": "card",
+    "tokenizer_of": "tokenizer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        import importlib
+
+        return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+if os.environ.get("LONGSCAN_TRANSFORMERS", "") == "1":
+    enable()
+    register()
