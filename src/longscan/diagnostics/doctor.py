@@ -22,6 +22,7 @@ from longscan.diagnostics.machine import devices
 from longscan.ops import backends, nvrtc
 from longscan.ops.add_rms_norm import add_rms_norm
 from longscan.ops.causal_conv1d import causal_conv1d
+from longscan.ops.linear_cross_entropy import linear_cross_entropy
 from longscan.ops.selective_scan import selective_scan
 
 #: Largest error against float64 that passes, relative to the largest value of each output. Float32 and the shared
@@ -91,7 +92,7 @@ def _refusal(operator: str, name: str, device: torch.device) -> tuple[str | None
     cases = _cases(operator)
     inputs = cases.make_inputs(cases.CASES[0], device)
     tensors = [inputs.get(argument) for argument in cases.NAMES]
-    if operator != "add_rms_norm":
+    if operator in ("selective_scan", "causal_conv1d"):
         tensors.append(None)  # cu_seqlens
     try:
         return backends.refusal(operator, name, device, _normalised(operator, tensors)), None
@@ -179,11 +180,16 @@ def _probe_norm(case: Any, inputs: dict[str, Any], name: str) -> tuple[Tensor, .
     return tuple(add_rms_norm(**inputs, backend=name))
 
 
+def _probe_loss(case: Any, inputs: dict[str, Any], name: str) -> tuple[Tensor, ...]:
+    return (linear_cross_entropy(**inputs, vocab_size=case.vocabulary, backend=name),)
+
+
 # How to call each operator on one of its cases; one entry per key of `backends.OPERATORS`.
 _PROBES: dict[str, Callable[[Any, dict[str, Any], str], tuple[Tensor, ...]]] = {
     "selective_scan": _probe_scan,
     "causal_conv1d": _probe_conv,
     "add_rms_norm": _probe_norm,
+    "linear_cross_entropy": _probe_loss,
 }
 
 

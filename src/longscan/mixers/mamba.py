@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longscan.errors import ArgumentError
-from longscan.nn.linear import StepProjection, product_and_bias
+from longscan.nn.linear import StepProjection, is_plain, product_and_bias
+from longscan.nn.mamba_inner import mamba_inner
 from longscan.nn.mixer import SequenceMixer, check_batch, keep_float32, no_weight_decay
 from longscan.nn.state import State
 from longscan.ops import causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update
@@ -55,6 +56,8 @@ class Mamba(SequenceMixer):
         a_init: where A starts (the paper's table 8): "s4d-real" -(n + 1), "constant" -1/2, "random" -exp(N(0, 1)), or
             the complex "s4d-lin" -1/2 + n i. With a complex A the projections of B and C give the real and the
             imaginary part of each state side by side (n = 0 real, n = 0 imaginary, n = 1 real, ...).
+        recompute: keep less for the backward pass: the convolution's output and dt are computed again there (section
+            3.3.2 of the paper). Without effect on a complex A, inner norms, adapters and under torch.compile.
         selection_norm_eps: with a number, r, B and C each pass an RMS norm without weights, of this epsilon, as in
             Falcon Mamba (Zuo et al. 2024, arXiv 2410.05355).
 
@@ -78,6 +81,7 @@ class Mamba(SequenceMixer):
         conv_bias: bool = True,
         bias: bool = False,
         a_init: str = "s4d-real",
+        recompute: bool = False,
         selection_norm_eps: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -95,6 +99,7 @@ class Mamba(SequenceMixer):
         if selection_norm_eps is not None and not selection_norm_eps > 0:
             raise ArgumentError(f"selection_norm_eps must be a positive number or None, got {selection_norm_eps!r}")
         self.selection_norm_eps = selection_norm_eps
+        self.recompute = recompute
         self.is_complex = a_init == "s4d-lin"
         if self.is_complex and d_state % 2:
             raise ArgumentError(f"d_state must be even for a complex A (a_init {a_init!r}), got {d_state}")
@@ -154,6 +159,41 @@ class Mamba(SequenceMixer):
     ) -> tuple[Tensor, MambaState | None]:
         self.check_input(x, state, cu_seqlens, MambaState)
         before = state if isinstance(state, MambaState) else None
+        y, conv, ssm = self._whole(x, before, cu_seqlens) if self._is_plain() else self._parts(x, before, cu_seqlens)
+        after = MambaState(conv.to(before.conv.dtype), ssm) if before is not None else None
+        return self.out_proj(y), after
+
+    def _is_plain(self) -> bool:
+        """Whether the block is the one of the paper, its projections nothing but their weights.
+
+        A compiler sees more of the parts, and puts together what it can.
+        """
+        projections = (self.in_proj, self.x_proj, self.dt_proj)
+        return (
+            not self.is_complex
+            and self.selection_norm_eps is None
+            and all(is_plain(layer, nn.Linear, StepProjection) for layer in projections)
+            and self.dt_proj.bias is not None
+            and self.x_proj.bias is None
+            and not torch.compiler.is_compiling()
+        )
+
+    def _whole(self, x: Tensor, before: MambaState | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        return mamba_inner(
+            x,
+            (self.in_proj.weight, self.in_proj.bias),
+            self._filter(),
+            self.x_proj.weight,
+            (self.dt_proj.weight, self.dt_proj.bias),
+            self.A,
+            self.D,
+            None if before is None else before.conv,
+            None if before is None else before.ssm,
+            cu_seqlens=cu_seqlens,
+            recompute=self.recompute,
+        )
+
+    def _parts(self, x: Tensor, before: MambaState | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         u, z = self.in_proj(x).chunk(2, dim=-1)
         u, conv = causal_conv1d(
             u,
@@ -178,8 +218,7 @@ class Mamba(SequenceMixer):
             cu_seqlens=cu_seqlens,
             return_final_state=True,
         )
-        after = MambaState(conv.to(before.conv.dtype), ssm) if before is not None else None
-        return self.out_proj(y), after
+        return y, conv, ssm
 
     def step(self, x: Tensor, state: State, *, inplace: bool = False) -> tuple[Tensor, MambaState]:
         self.check_input(x.unsqueeze(1), state, None, MambaState)

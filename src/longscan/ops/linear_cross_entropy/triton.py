@@ -31,17 +31,18 @@ def _loss_kernel(
     scores += row * row_stride
     target = tl.load(targets + row)
     counts = target >= 0
-    # The largest score so far, and the sum of all relative to it.
+    # The largest score so far, the sum of all relative to it, and the target's.
     top = -float("inf")
     total = 0.0
+    own = 0.0
     for start in range(0, vocabulary, BLOCK):
         at = start + tl.arange(0, BLOCK)
         value = tl.load(scores + at, mask=at < vocabulary, other=-float("inf")).to(tl.float32)
         higher = tl.maximum(top, tl.max(value, 0))
         total = total * tl.exp(top - higher) + tl.sum(tl.exp(value - higher), 0)
         top = higher
+        own += tl.sum(tl.where(at == target, value, 0.0), 0)
     logarithm = top + tl.log(total)
-    own = tl.load(scores + tl.maximum(target, 0)).to(tl.float32)
     tl.store(losses + row, tl.where(counts, logarithm - own, 0.0))
     if SAVE:
         for start in range(0, columns, BLOCK):
