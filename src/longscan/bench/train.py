@@ -15,6 +15,8 @@ from longscan.bench.models import make_model, make_transformer, random_tokens, s
 from longscan.bench.peers import huggingface, mamba_ssm, mambapy
 from longscan.bench.report import Report, Row
 from longscan.models import LanguageModel
+from longscan.nn.state import ModelState
+from longscan.training.graphs import CapturedPass
 
 AXES = "layers,d_model,vocabulary,batch,length"
 
@@ -67,6 +69,19 @@ def _measure(shape: tuple[int, ...], dtype: str, settings: Settings) -> list[Row
 
     truth = step(itself, loss_by("reference"), few, "float32")()()
     contenders = [contender("longscan", "ours", itself, loss_by("auto"))]
+    if settings.device == "cuda":
+        # The plain loop is what everyone else has; this one is what `longscan train` does.
+        contenders.append(
+            Contender(
+                "longscan-captured",
+                "ours",
+                lambda: training_step(
+                    copy.deepcopy(model), loss_by("auto"), *whole, vocabulary, dtype, CapturedTrainer
+                ),
+                lambda: training_step(copy.deepcopy(model), loss_by("auto"), *few, vocabulary, dtype, CapturedTrainer),
+                note="forward and backward as one CUDA graph",
+            )
+        )
     peers: dict[str, tuple[Build, Loss]] = {
         "reference": (itself, loss_by("reference")),
         "transformers": (huggingface.language_model, huggingface.loss),
@@ -160,16 +175,45 @@ class Trainer:
 
     def step(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """One step; gives the loss and the norm of the gradient, which the first pass is compared by."""
-        self._optimiser.zero_grad(set_to_none=True)
-        with torch.autocast(tokens.device.type, DTYPES[self._dtype], enabled=self._dtype != "float32"):
-            value = self._loss(self._model, tokens, targets, self._vocabulary)
-        value.backward()
+        value = self.gradients(tokens, targets)
         norm = nn.utils.clip_grad_norm_(self._parameters, 1.0)
         self._optimiser.step()
-        return value.detach(), norm.detach()
+        return value, norm.detach()
+
+    def gradients(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Forward and backward; gives the loss."""
+        self._optimiser.zero_grad(set_to_none=True)
+        value, _ = self.value(tokens, targets)
+        value.backward()
+        return value.detach()
+
+    def value(self, tokens: Tensor, targets: Tensor, state: ModelState | None = None) -> tuple[Tensor, None]:
+        """The loss; there is no state."""
+        with torch.autocast(tokens.device.type, DTYPES[self._dtype], enabled=self._dtype != "float32"):
+            return self._loss(self._model, tokens, targets, self._vocabulary), None
 
 
-def training_step(model: nn.Module, loss: Loss, tokens: Tensor, targets: Tensor, vocabulary: int, dtype: str) -> Call:
+class CapturedTrainer(Trainer):
+    """Forward and backward as one CUDA graph, as `longscan train` has them on one GPU."""
+
+    _captured: CapturedPass | None = None
+
+    def gradients(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        if self._captured is None:
+            self._captured = CapturedPass(self.value, self._parameters, tokens, targets, None, adds=False)
+        self._captured.begin()
+        return self._captured.run(tokens, targets, None)[0]
+
+
+def training_step(
+    model: nn.Module,
+    loss: Loss,
+    tokens: Tensor,
+    targets: Tensor,
+    vocabulary: int,
+    dtype: str,
+    trainer: type[Trainer] = Trainer,
+) -> Call:
     """One step after the other over the same batch."""
-    trainer = Trainer(model, loss, vocabulary, dtype)
-    return lambda: trainer.step(tokens, targets)
+    own = trainer(model, loss, vocabulary, dtype)
+    return lambda: own.step(tokens, targets)

@@ -46,6 +46,8 @@ class TrainConfig:
     """"bfloat16": matrix products under autocast; parameters, states and sums stay float32."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    cuda_graph: bool = True
+    """On one GPU, capture forward and backward as a CUDA graph; without effect elsewhere and with `compile`."""
     seed: int = 0
     """Seed of the weights and of the order of the data."""
     log_every: int = 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from typing import Any
 
@@ -15,7 +16,10 @@ from longscan.nn.state import ModelState
 from longscan.training.batches import Batches
 from longscan.training.config import TrainConfig
 from longscan.training.distributed import Ranks
+from longscan.training.graphs import CapturedPass
 from longscan.training.optimizers import Optimizers, clip_gradients
+
+logger = logging.getLogger(__name__)
 
 
 def autocast(device: torch.device, precision: str) -> Any:
@@ -70,6 +74,8 @@ class Stepper:
         self._ranks = ranks
         loss = Loss(model)
         self._net: Any = torch.compile(loss) if config.compile else loss
+        self._captured: CapturedPass | None = None
+        self._captures = config.cuda_graph and device.type == "cuda" and ranks.size == 1 and not config.compile
         if ranks.size > 1:
             self._net = torch.nn.parallel.DistributedDataParallel(self._net, broadcast_buffers=False)
 
@@ -86,20 +92,56 @@ class Stepper:
         total = torch.zeros((), device=self._device)
         for index, rows in enumerate(self._slices):
             tokens, targets = (part.to(self._device) for part in self._batches.batch(step, rows))
-            last = index == len(self._slices) - 1
-            # Only the last micro-batch needs to exchange gradients.
-            quiet = contextlib.nullcontext() if last or self._ranks.size == 1 else self._net.no_sync()
-            with quiet:
-                with autocast(self._device, config.precision):
-                    loss, after = self._net(tokens, targets, self.states[index] if self.states is not None else None)
-                loss = loss / len(self._slices)
-                loss.backward()
+            state = self.states[index] if self.states is not None else None
+            loss, after = self._captured_pass(index, tokens, targets, state) or self._pass(
+                index, tokens, targets, state
+            )
             if self.states is not None:
-                self.states[index] = after.detach()
-            total += loss.detach()
+                assert after is not None
+                # Every slice of the batch has a state of its own, the graph only one.
+                self.states[index] = after.detach() if len(self._slices) == 1 else after.detach().clone()
+            total += loss
         norm = clip_gradients(self.model.parameters(), config.clip)
         self.optimizers.step(factor)
         return self._ranks.mean(total), norm
+
+    def _pass(
+        self, index: int, tokens: Tensor, targets: Tensor, state: ModelState | None
+    ) -> tuple[Tensor, ModelState | None]:
+        """Forward and backward of one micro-batch: its part of the mean loss, and the state after it."""
+        last = index == len(self._slices) - 1
+        # Only the last micro-batch needs to exchange gradients.
+        quiet = contextlib.nullcontext() if last or self._ranks.size == 1 else self._net.no_sync()
+        with quiet:
+            loss, after = self._loss(tokens, targets, state)
+            loss.backward()
+        return loss.detach(), after
+
+    def _loss(self, tokens: Tensor, targets: Tensor, state: ModelState | None) -> tuple[Tensor, ModelState | None]:
+        with autocast(self._device, self._config.precision):
+            loss, after = self._net(tokens, targets, state)
+        return loss / len(self._slices), after
+
+    def _captured_pass(
+        self, index: int, tokens: Tensor, targets: Tensor, state: ModelState | None
+    ) -> tuple[Tensor, ModelState | None] | None:
+        """:meth:`_pass` as one launch, where it can be captured; None where it cannot."""
+        if not self._captures:
+            return None
+        if self._captured is None:
+            parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            adds = len(self._slices) > 1
+            try:
+                self._captured = CapturedPass(self._loss, parameters, tokens, targets, state, adds=adds)
+            except RuntimeError as error:
+                logger.warning("the step cannot be captured as a CUDA graph, it runs without: %s", error)
+                self._captures = False
+                for parameter in parameters:
+                    parameter.grad = None
+                return None
+        if index == 0:
+            self._captured.begin()
+        return self._captured.run(tokens, targets, state)
 
     def measure(self, seconds: float = 4.0) -> float:
         """Seconds that one step takes here, after warm-up; the model is left as it was.
