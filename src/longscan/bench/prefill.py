@@ -13,7 +13,7 @@ from longscan.bench.contest import DTYPES, Call, Contender, Settings, beside, co
 from longscan.bench.models import exact, make_model, products, random_tokens, shapes_of, weight_bytes
 from longscan.bench.peers import huggingface, llama_cpp, mamba_ssm, mambapy
 from longscan.bench.report import Report, Row
-from longscan.models import LanguageModel
+from longscan.models import LanguageModel, prefill
 
 AXES = "layers,d_model,vocabulary,tokens"
 
@@ -62,7 +62,8 @@ def _ours(model: LanguageModel, tokens: Tensor, backend: str) -> Call:
     @torch.no_grad()
     def call() -> tuple[Tensor, ...]:
         with ops.backend(backend):
-            logits, _ = model(tokens, model.initial_state(tokens.shape[0]), last_only=True)
+            # As generation does it.
+            logits, _ = prefill(model, list(tokens), chunk=tokens.numel())
         return (logits,)
 
     return call

@@ -29,7 +29,7 @@ from longscan.bench.peers import mamba_ssm
 from longscan.bench.report import Report, Row
 from longscan.bench.timing import Timing, synchronise
 from longscan.mixers.attention import AttentionState
-from longscan.models import LanguageModel
+from longscan.models import LanguageModel, prefill
 from longscan.models.decoding import make_stepper
 from longscan.nn.state import ModelState, State
 
@@ -245,7 +245,7 @@ class OurGenerator:
         return logits
 
     def _one(self, tokens: Tensor) -> tuple[Tensor, list[State | None]]:
-        logits, state = self._model(tokens, self._model.initial_state(tokens.shape[0]), last_only=True)
+        logits, state = prefill(self._model, list(tokens), chunk=tokens.numel())
         return logits, list(state.layers)
 
     def _joined(self, parts: list[list[State | None]]) -> Iterator[State]:

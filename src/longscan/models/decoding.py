@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from longscan.errors import ArgumentError, BackendError
 from longscan.mixers.mamba import Mamba, MambaState
+from longscan.models.chunks import copy_states
 from longscan.nn.linear import StepProjection, is_plain
 from longscan.nn.norms import AddRMSNorm
 from longscan.nn.state import ModelState
@@ -131,13 +133,15 @@ class _Graph:
                     kept.copy_(new)
         self._given: ModelState | None = None
 
+    def _pairs(self, state: ModelState) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(self._state.tensors(), state.tensors(), strict=True)
+
     def step(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
         rows = tokens.shape[0]
         if state is not self._given:
-            for kept, new in zip(self._state.tensors(), state.tensors(), strict=True):
-                if new.data_ptr() == kept.data_ptr():
-                    raise ArgumentError("state: was given back before and has been overwritten since; clone it to keep")
-                kept[:rows].copy_(new)
+            if any(new.data_ptr() == kept.data_ptr() for kept, new in self._pairs(state)):
+                raise ArgumentError("state: was given back before and has been overwritten since; clone it to keep")
+            copy_states(self._state.map(lambda tensor: tensor[:rows]), state)
         self._tokens[:rows].copy_(tokens)
         self._graph.replay()
         if state is not self._given:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from longscan.errors import ArgumentError
 from longscan.models.backbone import check_vocabulary
+from longscan.models.chunks import take_chunk
 from longscan.models.decoding import make_stepper
 from longscan.models.sampling import Draws, Sampling, seeds_of_rows
 from longscan.models.text import Decode, TextStream
@@ -228,8 +229,7 @@ def prefill(
         here = (lengths - start).clamp(0, size)
         after: ModelState | None
         if bool((here == here[0]).all()):
-            hidden, after = model.backbone(torch.stack(pieces), state)
-            hidden = hidden[:, -1]
+            hidden, after = take_chunk(model, torch.stack(pieces), state)
         else:
             ends = here.cumsum(0).to(model.device)
             offsets = torch.nn.functional.pad(ends, (1, 0))

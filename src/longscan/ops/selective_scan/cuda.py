@@ -12,7 +12,7 @@ from torch import Tensor
 from longscan.ops import nvrtc
 from longscan.ops.nvrtc import FORMATS, addresses, rows
 from longscan.ops.selective_scan.cuda_call import Call, steps
-from longscan.ops.selective_scan.cuda_plan import BACKWARD_WARPS, Split, backward_split, forward_split
+from longscan.ops.selective_scan.cuda_plan import Split, backward_split, forward_split
 
 #: Steps between saved states, and of a tile of the backward pass.
 CHUNK = 32
@@ -24,8 +24,9 @@ _MOST = {False: 32, True: 16}
 # holds in registers.
 _FLOW_TILE, _SUB = 16, 4
 
-# Warps of a block of the forward pass, and blocks that a multiprocessor has registers for.
+# Warps of a block, and blocks that a multiprocessor has registers for.
 _FORWARD_WARPS, _FORWARD_BLOCKS = 4, 4
+_BACKWARD_WARPS, _BACKWARD_BLOCKS = 4, 2
 
 
 def unsupported(
@@ -162,7 +163,7 @@ def _backward(call: Call, split: Split, dy: Tensor, dfinal: Tensor, saved: Tenso
     lanes, each = call.lanes(split.numbers)
     width = 32 // lanes
     # No more warps than a group has channels for.
-    warps = min(split.warps, 1 << (call.blocks(width) - 1).bit_length())
+    warps = min(_BACKWARD_WARPS, 1 << (call.blocks(width) - 1).bit_length())
     blocks = call.blocks(width * warps)
     options = call.options(lanes, each, dy)
     pieces = call.pieces(split.steps)
@@ -185,7 +186,7 @@ def _backward(call: Call, split: Split, dy: Tensor, dfinal: Tensor, saved: Tenso
     dx, ddt, dz = like(x), like(x), None if z is None else like(x)
     dA, dD, dbias = call.new_states(pieces), call.new_sums(pieces), call.new_sums(pieces)
     dB, dC = partial(call.B, call.b_groups), partial(call.C, call.c_groups)
-    layout = {"TILE": CHUNK, "SUB": _SUB, "WARPS": warps, "RESIDENT": BACKWARD_WARPS // warps}
+    layout = {"TILE": CHUNK, "SUB": _SUB, "WARPS": warps, "RESIDENT": _BACKWARD_BLOCKS}
     run = call.kernel("scan_backward.cu", "scan_backward", {**options, **layout, "CHUNKED": split.steps > 0})
     given = (dy, x, call.dt, z, call.A, call.B, call.C, call.D, call.dt_bias, saved, dfinal)
     found = (dx, ddt, dz, dA, dB, dC, dD, dbias, dinitial)

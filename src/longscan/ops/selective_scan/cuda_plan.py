@@ -29,14 +29,10 @@ _STATE = 0.01
 # Warps of a scheduler that run side by side.
 _RESIDENT = 4
 
-# Cycles of a step of the backward pass: a part that is there for one warp on a multiprocessor, one for each warp, and
-# one for each block, which brings B and C and takes their gradients.
-_BACKWARD = (330.0, 60.0, 30.0)
+# Cycles of a step of a block of the backward pass, alone on a multiprocessor and with another one. Blocks of two warps,
+# four to a multiprocessor, took as long at 1,536 channels and a third longer at 2,048; of three, longer everywhere.
+_BACKWARD = (600.0, 870.0)
 _BACKWARD_FIRST_PASS = 0.35
-
-# Warps of the backward pass that a multiprocessor has registers for, and those that a block may have.
-BACKWARD_WARPS = 8
-_BLOCK_WARPS = (4, 3, 2)
 
 #: Steps of a piece of time that are tried.
 SPANS = tuple(2**power for power in range(6, 13))
@@ -44,17 +40,10 @@ SPANS = tuple(2**power for power in range(6, 13))
 
 @dataclass(frozen=True)
 class Split:
-    """How a call is cut.
-
-    Attributes:
-        numbers: real numbers of a channel's state that one lane takes.
-        steps: of a piece of time; 0: time is not cut.
-        warps: of a block of the backward pass, at most.
-    """
+    """Real numbers of a channel's state that one lane takes, and steps of a piece of time (0: time is not split)."""
 
     numbers: int
     steps: int
-    warps: int = 4
 
 
 def _rounds(work: float, places: int) -> int:
@@ -100,22 +89,19 @@ def backward_split(sequences: int, tokens: int, channels: int, numbers: int, mul
     longest = -(-tokens // sequences)
     width = 1 << (numbers - 1).bit_length()
     each = min(width, 8)
+    blocks = channels * (width // each) / 128
     best, best_cost = Split(each, 0), float("inf")
-    for warps in _BLOCK_WARPS:
-        blocks = -(-channels * (width // each) // (32 * warps))
-        resident = BACKWARD_WARPS // warps
-        for span in (0, *SPANS):
-            if span >= longest:
-                break
-            pieces = -(-longest // span) if span else 1
-            work = sequences * blocks * pieces
-            rounds = _rounds(work, resident * multiprocessors)
-            together = min(resident, _rounds(work, multiprocessors))
-            step = rounds * (_BACKWARD[0] + together * (_BACKWARD[1] * warps + _BACKWARD[2]))
-            cost = step * (span or longest)
-            if span:
-                cost = cost * (1 + _BACKWARD_FIRST_PASS) + _PIECE * rounds + _LAUNCHES
-                cost += _STATE * sequences * pieces * channels * numbers
-            if cost < best_cost:
-                best, best_cost = Split(each, span, warps), cost
+    for span in (0, *SPANS):
+        if span >= longest:
+            break
+        pieces = -(-longest // span) if span else 1
+        work = sequences * blocks * pieces
+        rounds = _rounds(work, 2 * multiprocessors)
+        step = _BACKWARD[0] if work <= multiprocessors else _BACKWARD[1] * rounds
+        cost = step * (span or longest)
+        if span:
+            cost = cost * (1 + _BACKWARD_FIRST_PASS) + _PIECE * rounds + _LAUNCHES
+            cost += _STATE * sequences * pieces * channels * numbers
+        if cost < best_cost:
+            best, best_cost = Split(each, span), cost
     return best
