@@ -61,11 +61,20 @@ def test_schedule(schedule: str) -> None:
     assert rates[-1] == pytest.approx(1.0 if schedule == "constant" else 0.1, abs=0.02)
 
 
+def test_steps_of_a_time_are_bounded_by_passes_over_the_corpus() -> None:
+    config = TrainConfig(batch_size=4, sequence_length=25)
+    assert config.steps_in(seconds=60, step_seconds=0.5, tokens=1000) == 120
+    assert config.steps_in(seconds=0.1, step_seconds=0.5, tokens=1000) == 1
+    assert dataclasses.replace(config, passes=2.5).steps_in(60, 0.5, tokens=1000) == 25
+    assert dataclasses.replace(config, passes=2.5).steps_in(5, 0.5, tokens=1000) == 10
+
+
 @pytest.mark.parametrize(
     "change",
     [
         {"steps": 0},
         {"minutes": -1.0},
+        {"passes": 0.0},
         {"batch_size": 0},
         {"warmup": 1.0},
         {"optimizer": "sgd"},

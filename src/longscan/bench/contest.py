@@ -116,6 +116,8 @@ class Contender:
         floor: seconds that nothing can beat, for an "other", which does not share its group's floors.
         note: what to know of its figure.
         skip: why it is not run; it gets a row that says so.
+        own_memory: it keeps memory that the allocator does not count as allocated (a captured graph's): its peak is not
+            known.
     """
 
     name: str
@@ -126,6 +128,7 @@ class Contender:
     floor: float | None = None
     note: str = ""
     skip: str = ""
+    own_memory: bool = False
 
 
 @dataclass(frozen=True)
@@ -292,6 +295,8 @@ def _first_pass(
     # A slow peer's first pass may be its only one; ours, and any on a GPU, compiles in it.
     if contender.kind == "ours" or settings.device != "cpu":
         first, memory = timed_with_memory(call, settings.device, before)
+    if contender.own_memory:
+        memory = None
     note = getattr(call, "note", "")
     if graphs and first < _CAPTURED_BELOW:
         try:

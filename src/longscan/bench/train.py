@@ -80,6 +80,7 @@ def _measure(shape: tuple[int, ...], dtype: str, settings: Settings) -> list[Row
                 ),
                 lambda: training_step(copy.deepcopy(model), loss_by("auto"), *few, vocabulary, dtype, CapturedTrainer),
                 note="forward and backward as one CUDA graph",
+                own_memory=True,
             )
         )
     peers: dict[str, tuple[Build, Loss]] = {

@@ -243,10 +243,11 @@ class Job:
                 evaluation = self._evaluation_seconds()
             # Never less than half of the time for training, however slow the evaluation.
             left = max(minutes * 60 - evaluation, minutes * 30)
-            training = dataclasses.replace(training, steps=max(1, round(left / seconds)))
+            steps = training.steps_in(left, seconds, len(corpus.train))
+            training = dataclasses.replace(training, steps=steps)
             display.line(
                 f"here a step takes {1e3 * seconds:.0f} ms and the final evaluation {evaluation:.0f} s: "
-                f"{training.steps} steps in {minutes:g} minutes"
+                f"{steps} steps, {(steps * seconds + evaluation) / 60:.2g} of {minutes:g} minutes"
             )
         self.training = training
         if self._stop():

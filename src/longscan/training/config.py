@@ -16,6 +16,8 @@ class TrainConfig:
     """Optimiser steps. None: as many as fit in `minutes` on this machine, measured before training and then fixed."""
     minutes: float | None = None
     """Time for training and the final evaluation, if `steps` is not given."""
+    passes: float | None = None
+    """At most so many passes over the corpus, if `steps` is not given: a fast machine would learn it by heart."""
     batch_size: int = 16
     """Sequences per optimiser step, over all processes."""
     sequence_length: int = 256
@@ -59,13 +61,20 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """Checkpoints kept; older ones are deleted."""
 
+    def steps_in(self, seconds: float, step_seconds: float, tokens: int) -> int:
+        """Steps for so much time, at so much for one, over a corpus of so many tokens; at least one."""
+        steps = seconds / step_seconds
+        if self.passes is not None:
+            steps = min(steps, self.passes * tokens / (self.batch_size * self.sequence_length))
+        return max(1, round(steps))
+
     def __post_init__(self) -> None:
         for name in ("batch_size", "sequence_length", "accumulate", "log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.steps is not None and self.steps < 1:
             raise ConfigError(f"steps must be at least 1, got {self.steps}")
-        for name in ("minutes", "learning_rate", "muon_learning_rate", "checkpoint_minutes"):
+        for name in ("minutes", "passes", "learning_rate", "muon_learning_rate", "checkpoint_minutes"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ConfigError(f"{name} must be a positive number, got {value}")
