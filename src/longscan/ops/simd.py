@@ -489,14 +489,28 @@ def load_scalar_format(typingctx: Any, address: Any, number_format: Any) -> Any:
     return types.float32(address, number_format), generate
 
 
+def _prefetch(builder: Any, context: Any, sig: Any, values: Any, locality: int) -> Any:
+    pointer = _pointer(builder, _address(context, builder, values[0], sig.args[0]), ir.IntType(8))
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, _i32(0), _i32(locality), _i32(1))
+    return context.get_dummy_value()
+
+
 @intrinsic
 def prefetch(typingctx: Any, address: Any) -> Any:
     """prefetch(address): brings a cache line near; any address is allowed."""
 
     def generate(context: Any, builder: Any, sig: Any, values: Any) -> Any:
-        pointer = _pointer(builder, _address(context, builder, values[0], sig.args[0]), ir.IntType(8))
-        call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, _i32(0), _i32(3), _i32(1))
-        return context.get_dummy_value()
+        return _prefetch(builder, context, sig, values, 3)
+
+    return types.none(address), generate
+
+
+@intrinsic
+def prefetch_second(typingctx: Any, address: Any) -> Any:
+    """prefetch_second(address): brings a cache line to the second cache, which takes more of them at a time."""
+
+    def generate(context: Any, builder: Any, sig: Any, values: Any) -> Any:
+        return _prefetch(builder, context, sig, values, 2)
 
     return types.none(address), generate
 

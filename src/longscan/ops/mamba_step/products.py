@@ -22,14 +22,15 @@ from longscan.ops.simd import (
     load_part,
     load_scalar,
     prefetch,
+    prefetch_second,
     store_scalar,
     total,
 )
 
 _CACHE_LINE = 64
 
-# Bytes ahead of a float32 row that are asked for: a processor's own prefetching stops at the end of a page of 4 KiB.
-# Narrower formats keep a core busy enough with widening them, and lose by it.
+# Bytes ahead of a float32 row that are asked for: a processor's own prefetching stops at the end of a page of 4 KiB,
+# and the first cache waits for too few lines at a time. Narrower formats have more to compute a line, and lose by it.
 _AHEAD = 3072
 
 
@@ -40,9 +41,9 @@ def _one(row, form, item, columns, x):  # type: ignore[no-untyped-def]
     k = 0
     while k + 2 * WIDTH <= columns:
         if item == 4:
-            prefetch(row + k * item + _AHEAD)
+            prefetch_second(row + k * item + _AHEAD)
             if 2 * WIDTH * item > _CACHE_LINE:
-                prefetch(row + k * item + _AHEAD + _CACHE_LINE)
+                prefetch_second(row + k * item + _AHEAD + _CACHE_LINE)
         even = fma(load_format(row + k * item, form), load(x + 4 * k), even)
         odd = fma(load_format(row + (k + WIDTH) * item, form), load(x + 4 * k + VECTOR_BYTES), odd)
         k += 2 * WIDTH
