@@ -33,11 +33,12 @@ from longscan.nn.state import State
 class DilatedRNNState(State):
     """Per layer the states of its last s steps, that of the next step first: (batch, s, 1 or 2, d_hidden) float32.
 
-    ``recent`` are the last layer's outputs of the last s^(1) - 1 steps, oldest first, (batch, s^(1) - 1, d_hidden).
+    ``recent`` are the last layer's outputs of the last s^(1) - 1 steps, oldest first, (batch, s^(1) - 1, d_hidden), or
+    None where s^(1) is 1.
     """
 
     memories: tuple[Tensor, ...]
-    recent: Tensor
+    recent: Tensor | None = None
 
 
 class DilatedRNN(SequenceMixer):
@@ -98,20 +99,19 @@ class DilatedRNN(SequenceMixer):
         for layer, dilation, memory in zip(self.layers, self.dilations, before.memories, strict=True):
             h, memory = _dilated(layer, dilation, h, memory, lengths)
             memories.append(memory)
+        if before.recent is None:
+            return h if self.out_proj is None else self.out_proj(h), DilatedRNNState(tuple(memories))
+        assert self.out_proj is not None
         # The last layer's outputs, with those that came before the first step in front.
         h = torch.cat((before.recent.to(h.dtype), h), dim=1)
         width, length = self.dilations[0], x.shape[1]
-        places = torch.arange(width - 1, device=x.device)
         if lengths is None:
             recent = h[:, length:]
         else:
-            ends = lengths.to(x.device)[:, None] + places
+            ends = lengths.to(x.device)[:, None] + torch.arange(width - 1, device=x.device)
             recent = h.gather(1, ends[..., None].expand(-1, -1, self.d_hidden))
-        after = DilatedRNNState(tuple(memories), recent.to(before.recent.dtype))
-        if self.out_proj is None:
-            return h, after
         together = torch.cat([h[:, width - 1 - j : width - 1 - j + length] for j in range(width)], dim=-1)
-        return self.out_proj(together), after
+        return self.out_proj(together), DilatedRNNState(tuple(memories), recent.to(before.recent.dtype))
 
     def initial_state(
         self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -120,14 +120,14 @@ class DilatedRNN(SequenceMixer):
         weight = next(self.parameters())
         device = weight.device if device is None else device
         wide = torch.promote_types(weight.dtype, torch.float32)
-        parts = 2 if self.cell == "lstm" else 1
-        return DilatedRNNState(
-            memories=tuple(
-                torch.zeros(batch, dilation, parts, self.d_hidden, device=device, dtype=wide)
-                for dilation in self.dilations
-            ),
-            recent=torch.zeros(batch, self.dilations[0] - 1, self.d_hidden, device=device, dtype=dtype or weight.dtype),
+        parts, before = 2 if self.cell == "lstm" else 1, self.dilations[0] - 1
+        memories = tuple(
+            torch.zeros(batch, dilation, parts, self.d_hidden, device=device, dtype=wide) for dilation in self.dilations
         )
+        if not before:
+            return DilatedRNNState(memories)
+        recent = torch.zeros(batch, before, self.d_hidden, device=device, dtype=dtype or weight.dtype)
+        return DilatedRNNState(memories, recent)
 
     def extra_repr(self) -> str:
         return f"{self.d_model}, dilations={self.dilations}, cell={self.cell!r}, d_hidden={self.d_hidden}"

@@ -82,10 +82,10 @@ class RWKV4(SequenceMixer):
         zigzag = ((channel + 1) % 3 - 1) * 0.5
         self.time_decay = no_weight_decay(keep_float32(nn.Parameter(-5 + 8 * ramp ** (0.7 + 1.3 * depth))))
         self.time_first = no_weight_decay(keep_float32(nn.Parameter(math.log(0.3) + zigzag)))
-        place = (channel / d_model) ** (1 - depth)
-        self.time_mix_k = no_weight_decay(nn.Parameter(place.to(dtype)))
-        self.time_mix_v = no_weight_decay(nn.Parameter((place + 0.3 * depth).to(dtype)))
-        self.time_mix_r = no_weight_decay(nn.Parameter((place**0.5).to(dtype)))
+        place, mix = (channel / d_model) ** (1 - depth), dtype or torch.get_default_dtype()
+        self.time_mix_k = no_weight_decay(nn.Parameter(place.to(mix)))
+        self.time_mix_v = no_weight_decay(nn.Parameter((place + 0.3 * depth).to(mix)))
+        self.time_mix_r = no_weight_decay(nn.Parameter((place**0.5).to(mix)))
         self.key = nn.Linear(d_model, d_model, bias=False, **factory)
         self.value = nn.Linear(d_model, d_model, bias=False, **factory)
         self.receptance = nn.Linear(d_model, d_model, bias=False, **factory)
@@ -115,14 +115,16 @@ class RWKV4(SequenceMixer):
         v = self.value(shifted.lerp(x, self.time_mix_v.to(x.dtype)))
         r = self.receptance(shifted.lerp(x, self.time_mix_r.to(x.dtype)))
         wide = before.wkv.dtype
-        wkv, states = weighted_average(
+        wkv, sums, peak = weighted_average(
             torch.exp(self.time_decay.to(wide)), self.time_first.to(wide), k.to(wide), v.to(wide), before.wkv
         )
         y = self.output(torch.sigmoid(r) * wkv.to(r.dtype))
-        if lengths is None:
-            return y, RWKV4State(x[:, -1].to(before.last.dtype), states[:, -1])
-        row, end = torch.arange(x.shape[0], device=x.device), (lengths - 1).to(x.device)
-        return y, RWKV4State(x[row, end].to(before.last.dtype), states[row, end])
+        rows: Any = slice(None)
+        ends: Any = -1
+        if lengths is not None:
+            rows, ends = torch.arange(x.shape[0], device=x.device), (lengths - 1).to(x.device)
+        after = torch.cat((sums[rows, ends], peak[rows, ends].unsqueeze(1)), dim=1)
+        return y, RWKV4State(x[rows, ends].to(before.last.dtype), after)
 
     def initial_state(
         self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -138,7 +140,7 @@ class RWKV4(SequenceMixer):
         return f"{self.d_model}"
 
 
-def weighted_average(w: Tensor, u: Tensor, k: Tensor, v: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+def weighted_average(w: Tensor, u: Tensor, k: Tensor, v: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The wkv of the module's docstring.
 
     Args:
@@ -147,7 +149,8 @@ def weighted_average(w: Tensor, u: Tensor, k: Tensor, v: Tensor, before: Tensor)
         before: (batch, 3, channels): numerator, denominator, peak.
 
     Returns:
-        wkv (batch, length, channels), and the states after every step, (batch, length, 3, channels).
+        wkv (batch, length, channels), and after every step numerator and denominator (batch, length, 2, channels) and
+        the peak (batch, length, channels).
     """
     # The peak only sets the scale of both sums, so it is a constant to the gradient.
     with torch.no_grad():
@@ -162,7 +165,7 @@ def weighted_average(w: Tensor, u: Tensor, k: Tensor, v: Tensor, before: Tensor)
     past, present = torch.exp(peak_before - highest), torch.exp(u + k - highest)
     numerator, denominator = sums_before.unbind(2)
     wkv = (past * numerator + present * v) / (past * denominator + present)
-    return wkv, torch.cat((sums, peak.unsqueeze(2)), dim=2)
+    return wkv, sums, peak
 
 
 def _stretches(length: int) -> tuple[int, int]:
