@@ -94,7 +94,9 @@ class Recurrence(nn.Module):
             # oneDNN's kernel, which PyTorch takes here, breaks the compiler: its workspace is None.
             return _lstm_steps(data[0], first, weights)
         # Arguments that follow the weights: has_biases, layers, dropout, train, bidirectional, and batch_first.
-        options = (self.cell.bias, 1, 0.0, self.training, False, *layout)
+        # cuDNN has a backward pass in training mode alone; nothing else depends on it here.
+        trains = self.training or torch.is_grad_enabled()
+        options = (self.cell.bias, 1, 0.0, trains, False, *layout)
         kernel: Any = {"lstm": torch.lstm, "gru": torch.gru, "rnn": torch.rnn_tanh}[self.kind]
         result: tuple[Tensor, ...] = kernel(*data, first if self.kind == "lstm" else first[0], weights, *options)
         return result
