@@ -105,6 +105,17 @@ def test_a_long_silence_is_remembered() -> None:
     assert peak.isfinite().all()
 
 
+def test_a_decay_below_the_digits_of_a_key_still_fades() -> None:
+    """w = 2e-7 beside a key of 20, whose last digit is 2e-6: what came first has lost e^-w to each later step."""
+    k, v = torch.full((1, 20_000, 1), 20.0), torch.ones(1, 20_000, 1)
+    k[0, 1:] = -100.0
+    before = torch.zeros(1, 3, 1)
+    before[:, 2] = -1e38
+    _, sums, peak = weighted_average(torch.tensor([2e-7]), torch.zeros(1), k, v, before)
+    total = sums[0, -1, 0, 0].double().log() + peak[0, -1, 0].double()
+    assert abs(float(total) - (20 - 2e-7 * 19_999)) < 1e-3
+
+
 def test_it_starts_as_the_authors_code() -> None:
     mixer = RWKV4(32, depth=0.0).to(torch.bfloat16)
     assert mixer.time_decay.dtype == torch.float32

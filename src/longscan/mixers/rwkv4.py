@@ -158,9 +158,9 @@ def weighted_average(w: Tensor, u: Tensor, k: Tensor, v: Tensor, before: Tensor)
         peak_before = torch.cat((before[:, None, 2], peak[:, :-1]), dim=1)
         highest = torch.maximum(peak_before, u + k)
     weight = torch.exp(k - peak)
-    sums = _scan(
-        torch.exp(peak_before - w - peak).unsqueeze(2), torch.stack((weight * v, weight), dim=2), before[:, :2]
-    )
+    # The peaks' difference first: w may be less than a peak's last digit.
+    fade = torch.exp((peak_before - peak) - w)
+    sums = _scan(fade.unsqueeze(2), torch.stack((weight * v, weight), dim=2), before[:, :2])
     sums_before = torch.cat((before[:, None, :2], sums[:, :-1]), dim=1)
     past, present = torch.exp(peak_before - highest), torch.exp(u + k - highest)
     numerator, denominator = sums_before.unbind(2)

@@ -193,8 +193,9 @@ def _decay_gradient(
     i >= m > j, as sums of rows less sums of columns (the diagonal is in both).
     """
     assert part.a is not None
-    from_start = (part.q * q_later).sum(-1)  # what the entering state gives at i: decayed by all steps up to i
-    to_end = (part.k * k_later).sum(-1)  # what j gives to the leaving state: decayed by all steps after j
+    # What the entering state gives at i, decayed by all steps up to i; what j gives to the leaving state, decayed by
+    # all steps after j.
+    from_start, to_end = (part.q * q_later).sum(-1), (part.k * k_later).sum(-1)
     later = (within.sum(-1) - within.sum(-2) + from_start).flip(-1).cumsum(-1).flip(-1)
     earlier = F.pad(to_end.cumsum(-1)[..., :-1], (1, 0))
     through = (before * after).sum((-1, -2)) * part.a
