@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from longscan.mixers import S4D, Attention, Mamba
+    from longscan.mixers import LSTM, RWKV4, S4D, Attention, DilatedRNN, LinearAttention, Mamba, RetNet
     from longscan.models import LanguageModel, LanguageModelConfig
     from longscan.nn import SequenceMixer, State
     from longscan.ops import causal_conv1d, selective_scan, selective_state_update
@@ -16,10 +16,15 @@ __version__ = "0.1.0"
 
 # Name -> module. Imported when first used, so that `import longscan` costs nothing beyond torch.
 _EXPORTS = {
+    "LSTM": "longscan.mixers",
     "Attention": "longscan.mixers",
+    "DilatedRNN": "longscan.mixers",
     "LanguageModel": "longscan.models",
     "LanguageModelConfig": "longscan.models",
+    "LinearAttention": "longscan.mixers",
     "Mamba": "longscan.mixers",
+    "RWKV4": "longscan.mixers",
+    "RetNet": "longscan.mixers",
     "S4D": "longscan.mixers",
     "SequenceMixer": "longscan.nn",
     "State": "longscan.nn",
@@ -29,11 +34,16 @@ _EXPORTS = {
 }
 
 __all__ = [
+    "LSTM",
+    "RWKV4",
     "S4D",
     "Attention",
+    "DilatedRNN",
     "LanguageModel",
     "LanguageModelConfig",
+    "LinearAttention",
     "Mamba",
+    "RetNet",
     "SequenceMixer",
     "State",
     "__version__",

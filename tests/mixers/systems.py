@@ -20,6 +20,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "s4d-legs-bilinear": ("s4d", {"d_state": 6, "a_init": "s4d-legs", "discretisation": "bilinear", "glu": False}),
     "attention": ("attention", {"n_heads": 2}),
     "attention-grouped": ("attention", {"n_heads": 4, "n_kv_heads": 2, "bias": True}),
+    "linear-attention": ("linear_attention", {"n_heads": 2}),
+    "retnet": ("retnet", {"n_heads": 2}),
+    "retnet-paper": ("retnet", {"n_heads": 2, "gamma": "paper", "expand": 1}),
+    "rwkv4": ("rwkv4", {}),
+    "lstm": ("lstm", {}),
+    "lstm-projected": ("lstm", {"d_hidden": 5, "bias": False}),
+    "dilated-gru": ("dilated_rnn", {"dilations": (1, 2, 4), "cell": "gru"}),
+    "dilated-lstm": ("dilated_rnn", {"dilations": (3, 2), "cell": "lstm", "d_hidden": 5}),
+    "dilated-tanh": ("dilated_rnn", {"dilations": (1, 3), "cell": "rnn", "bias": False}),
 }
 
 

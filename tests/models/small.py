@@ -19,6 +19,8 @@ KINDS: dict[str, dict[str, Any]] = {
         "d_intermediate": 8,
         "tie_embeddings": False,
     },
+    "outer-products": {"mixer": ("linear_attention", "retnet", "rwkv4"), "mixer_options": {"retnet": {"n_heads": 2}}},
+    "recurrent": {"mixer": ("lstm", "dilated_rnn"), "mixer_options": {"dilated_rnn": {"dilations": [1, 3]}}},
 }
 
 

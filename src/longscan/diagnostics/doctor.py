@@ -22,6 +22,7 @@ from longscan.diagnostics.machine import devices
 from longscan.ops import backends, nvrtc
 from longscan.ops.add_rms_norm import add_rms_norm
 from longscan.ops.causal_conv1d import causal_conv1d
+from longscan.ops.decay_attention import decay_attention
 from longscan.ops.linear_cross_entropy import linear_cross_entropy
 from longscan.ops.selective_scan import selective_scan
 
@@ -184,12 +185,17 @@ def _probe_loss(case: Any, inputs: dict[str, Any], name: str) -> tuple[Tensor, .
     return (linear_cross_entropy(**inputs, vocab_size=case.vocabulary, backend=name),)
 
 
+def _probe_decay(case: Any, inputs: dict[str, Any], name: str) -> tuple[Tensor, ...]:
+    return tuple(decay_attention(**inputs, normalise=case.normalise, return_final_state=True, backend=name))
+
+
 # How to call each operator on one of its cases; one entry per key of `backends.OPERATORS`.
 _PROBES: dict[str, Callable[[Any, dict[str, Any], str], tuple[Tensor, ...]]] = {
     "selective_scan": _probe_scan,
     "causal_conv1d": _probe_conv,
     "add_rms_norm": _probe_norm,
     "linear_cross_entropy": _probe_loss,
+    "decay_attention": _probe_decay,
 }
 
 

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from longscan.mixers.attention import Attention
+from longscan.mixers.dilated_rnn import DilatedRNN
+from longscan.mixers.linear_attention import LinearAttention
+from longscan.mixers.lstm import LSTM
 from longscan.mixers.mamba import Mamba
+from longscan.mixers.retnet import RetNet
+from longscan.mixers.rwkv4 import RWKV4
 from longscan.mixers.s4d import S4D
 from longscan.nn.mixer import SequenceMixer
 
@@ -12,6 +17,11 @@ MIXERS: dict[str, type[SequenceMixer]] = {
     "mamba": Mamba,
     "s4d": S4D,
     "attention": Attention,
+    "linear_attention": LinearAttention,
+    "retnet": RetNet,
+    "rwkv4": RWKV4,
+    "lstm": LSTM,
+    "dilated_rnn": DilatedRNN,
 }
 
-__all__ = ["MIXERS", "S4D", "Attention", "Mamba"]
+__all__ = ["LSTM", "MIXERS", "RWKV4", "S4D", "Attention", "DilatedRNN", "LinearAttention", "Mamba", "RetNet"]

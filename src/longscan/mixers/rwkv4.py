@@ -1,0 +1,208 @@
+r"""RWKV-4: an average of all earlier values, weighted by their keys and fading at a rate of its own in every channel.
+
+Peng et al. 2023 (arXiv 2305.13048), equations 11-16: its time mixing. With :math:`\mu` a mix of this token and the one
+before (the token shift), w > 0 the decay and u the bonus of the present token:
+
+.. math::
+    r, k, v &= W_{r,k,v} (\mu_{r,k,v} \odot x_t + (1 - \mu_{r,k,v}) \odot x_{t-1}) \\
+    \mathrm{wkv}_t &= \frac{\sum_{i<t} e^{-(t-1-i) w + k_i} v_i + e^{u + k_t} v_t}
+    {\sum_{i<t} e^{-(t-1-i) w + k_i} + e^{u + k_t}}, \qquad
+    y_t = W_o (\sigma(r_t) \odot \mathrm{wkv}_t)
+
+Keys are exponents, so numerator and denominator are kept relative to e^m, with the running peak
+:math:`m_t = \max(m_{t-1} - w, k_t)`: no exponential is ever above 1, and the sums never vanish.
+
+The paper's block puts its channel mixing, :math:`\sigma(r') \odot W_v \max(k', 0)^2` with a token shift of its own,
+behind this layer, and layer norms in front of both. :class:`longscan.LanguageModel` has RMS norms and, with
+``d_intermediate``, a gated MLP without the shift in its place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longscan.errors import ArgumentError
+from longscan.nn.mixer import SequenceMixer, check_batch, keep_float32, no_weight_decay
+from longscan.nn.packing import over_rows
+from longscan.nn.state import State
+
+# The peak of an empty past: far below any key, and finite, so that differences of peaks are numbers.
+_NOTHING = -1e38
+
+
+@dataclasses.dataclass(frozen=True)
+class RWKV4State(State):
+    """The last token (batch, d_model), and numerator, denominator and the log of their scale, (batch, 3, d_model)."""
+
+    last: Tensor
+    wkv: Tensor
+
+
+class RWKV4(SequenceMixer):
+    """RWKV-4's time mixing: ``y, _ = RWKV4(d_model=256)(x)``.
+
+    A sequence is scanned in two levels: all stretches of about sqrt(length) steps side by side, then the stretches in
+    turn, so that the number of operations in a row grows with the root of the length.
+
+    Args:
+        d_model: width.
+        depth: the place of the layer in its model, from 0 (first) to 1 (last). The authors start decays and shifts
+            accordingly: early layers forget faster and look further back at the token before. Mixers do not know their
+            place, so all layers of one configuration start alike.
+
+    Initialisation is that of the authors' code (RWKV-v4neo): keys, receptance and output start at zero, so that a layer
+    starts by adding nothing. The paper's text gives the receptance's mix as a product with 0.5, the code, followed
+    here, as a power of 0.5. Names of parameters are the code's.
+
+    Attributes:
+        time_decay (log w) and time_first (u) stay float32 when the module is converted to bfloat16 or float16.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        depth: float = 0.5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if d_model < 1 or not 0 <= depth <= 1:
+            raise ArgumentError(f"d_model must be at least 1 and depth within 0 .. 1; got {d_model} and {depth}")
+        self.d_model = d_model
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        channel = torch.arange(d_model, device=device, dtype=torch.float32)
+        ramp = channel / max(d_model - 1, 1)
+        zigzag = ((channel + 1) % 3 - 1) * 0.5
+        self.time_decay = no_weight_decay(keep_float32(nn.Parameter(-5 + 8 * ramp ** (0.7 + 1.3 * depth))))
+        self.time_first = no_weight_decay(keep_float32(nn.Parameter(math.log(0.3) + zigzag)))
+        place, mix = (channel / d_model) ** (1 - depth), dtype or torch.get_default_dtype()
+        self.time_mix_k = no_weight_decay(nn.Parameter(place.to(mix)))
+        self.time_mix_v = no_weight_decay(nn.Parameter((place + 0.3 * depth).to(mix)))
+        self.time_mix_r = no_weight_decay(nn.Parameter((place**0.5).to(mix)))
+        self.key = nn.Linear(d_model, d_model, bias=False, **factory)
+        self.value = nn.Linear(d_model, d_model, bias=False, **factory)
+        self.receptance = nn.Linear(d_model, d_model, bias=False, **factory)
+        self.output = nn.Linear(d_model, d_model, bias=False, **factory)
+        for layer in (self.key, self.receptance, self.output):
+            nn.init.zeros_(layer.weight)
+        # In float32: there is no decomposition in half precision.
+        start = nn.init.orthogonal_(torch.empty(d_model, d_model, device=device, dtype=torch.float32))
+        self.value.weight.detach().copy_(start)
+
+    def forward(
+        self, x: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, RWKV4State | None]:
+        self.check_input(x, state, cu_seqlens, RWKV4State)
+        before = state if isinstance(state, RWKV4State) else None
+        if cu_seqlens is not None:
+            return over_rows(self._mix, x, before, cu_seqlens)
+        y, after = self._mix(x, before, None)
+        return y, None if before is None else after
+
+    def _mix(self, x: Tensor, before: RWKV4State | None, lengths: Tensor | None) -> tuple[Tensor, RWKV4State]:
+        """x (batch, length, d_model) to y and the state after each row's length (None: all of it)."""
+        if before is None:
+            before = self.initial_state(x.shape[0], x.device, x.dtype)
+        shifted = torch.cat((before.last[:, None].to(x.dtype), x[:, :-1]), dim=1)
+        k = self.key(shifted.lerp(x, self.time_mix_k.to(x.dtype)))
+        v = self.value(shifted.lerp(x, self.time_mix_v.to(x.dtype)))
+        r = self.receptance(shifted.lerp(x, self.time_mix_r.to(x.dtype)))
+        wide = before.wkv.dtype
+        wkv, sums, peak = weighted_average(
+            torch.exp(self.time_decay.to(wide)), self.time_first.to(wide), k.to(wide), v.to(wide), before.wkv
+        )
+        y = self.output(torch.sigmoid(r) * wkv.to(r.dtype))
+        rows: Any = slice(None)
+        ends: Any = -1
+        if lengths is not None:
+            rows, ends = torch.arange(x.shape[0], device=x.device), (lengths - 1).to(x.device)
+        after = torch.cat((sums[rows, ends], peak[rows, ends].unsqueeze(1)), dim=1)
+        return y, RWKV4State(x[rows, ends].to(before.last.dtype), after)
+
+    def initial_state(
+        self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> RWKV4State:
+        check_batch(batch)
+        device = self.key.weight.device if device is None else device
+        last = torch.zeros(batch, self.d_model, device=device, dtype=dtype or self.key.weight.dtype)
+        wkv = torch.zeros(batch, 3, self.d_model, device=device, dtype=self.time_decay.dtype)
+        wkv[:, 2] = _NOTHING
+        return RWKV4State(last, wkv)
+
+    def extra_repr(self) -> str:
+        return f"{self.d_model}"
+
+
+def weighted_average(w: Tensor, u: Tensor, k: Tensor, v: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The wkv of the module's docstring.
+
+    Args:
+        w, u: (channels,), w positive.
+        k, v: (batch, length, channels).
+        before: (batch, 3, channels): numerator, denominator, peak.
+
+    Returns:
+        wkv (batch, length, channels), and after every step numerator and denominator (batch, length, 2, channels) and
+        the peak (batch, length, channels).
+    """
+    # The peak only sets the scale of both sums, so it is a constant to the gradient.
+    with torch.no_grad():
+        peak = _running_peak(w, k, before[:, 2])
+        peak_before = torch.cat((before[:, None, 2], peak[:, :-1]), dim=1)
+        highest = torch.maximum(peak_before, u + k)
+    weight = torch.exp(k - peak)
+    # The peaks' difference first: w may be less than a peak's last digit.
+    fade = torch.exp((peak_before - peak) - w)
+    sums = _scan(fade.unsqueeze(2), torch.stack((weight * v, weight), dim=2), before[:, :2])
+    sums_before = torch.cat((before[:, None, :2], sums[:, :-1]), dim=1)
+    past, present = torch.exp(peak_before - highest), torch.exp(u + k - highest)
+    numerator, denominator = sums_before.unbind(2)
+    wkv = (past * numerator + present * v) / (past * denominator + present)
+    return wkv, sums, peak
+
+
+def _stretches(length: int) -> tuple[int, int]:
+    """Number and length of stretches that hold ``length`` steps, about as many as they are long."""
+    inner = math.isqrt(length - 1) + 1
+    return -(-length // inner), inner
+
+
+def _running_peak(w: Tensor, k: Tensor, first: Tensor) -> Tensor:
+    """``m_t = max(m_{t-1} - w, k_t)`` of k (batch, length, channels) from ``first`` (batch, channels)."""
+    outer, inner = _stretches(k.shape[1])
+    grid = F.pad(k, (0, 0, 0, outer * inner - k.shape[1]), value=_NOTHING).unflatten(1, (outer, inner))
+    within = [grid[:, :, 0]]
+    for step in range(1, inner):
+        within.append(torch.maximum(within[-1] - w, grid[:, :, step]))
+    entering = [first]
+    for stretch in range(outer - 1):
+        entering.append(torch.maximum(entering[-1] - inner * w, within[-1][:, stretch]))
+    faded = (
+        torch.stack(entering, 1)[:, :, None] - w * torch.arange(1, inner + 1, device=k.device, dtype=k.dtype)[:, None]
+    )
+    return torch.maximum(torch.stack(within, 2), faded).flatten(1, 2)[:, : k.shape[1]]
+
+
+def _scan(a: Tensor, b: Tensor, first: Tensor) -> Tensor:
+    """``h_t = a_t h_{t-1} + b_t`` along axis 1: a (batch, length, 1, channels), b (batch, length, 2, channels)."""
+    length = b.shape[1]
+    outer, inner = _stretches(length)
+    # Unbound, not indexed: the gradient of an index is as large as what it was taken from.
+    a, b = (F.pad(t, (0, 0, 0, 0, 0, outer * inner - length)).unflatten(1, (outer, inner)) for t in (a, b))
+    fades, adds = a.unbind(2), b.unbind(2)
+    within, fading = [adds[0]], [fades[0]]
+    for fade, add in zip(fades[1:], adds[1:], strict=True):
+        within.append(torch.addcmul(add, fade, within[-1]))
+        fading.append(fading[-1] * fade)
+    entering = [first]
+    for end, fade in zip(within[-1].unbind(1)[:-1], fading[-1].unbind(1)[:-1], strict=True):
+        entering.append(torch.addcmul(end, fade, entering[-1]))
+    h = torch.addcmul(torch.stack(within, 2), torch.stack(fading, 2), torch.stack(entering, 1)[:, :, None])
+    return h.flatten(1, 2)[:, :length]

@@ -1,0 +1,134 @@
+"""RWKV-4: against Transformers' own, keys of any size, and the authors' initialisation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from longscan.errors import ArgumentError
+from longscan.mixers import RWKV4
+from longscan.mixers.rwkv4 import weighted_average
+
+
+def pair(d_model: int) -> tuple[RWKV4, torch.nn.Module]:
+    """Ours and Transformers' time mixing with the same random weights."""
+    from transformers import RwkvConfig
+    from transformers.models.rwkv.modeling_rwkv import RwkvSelfAttention
+
+    torch.manual_seed(0)
+    theirs = RwkvSelfAttention(RwkvConfig(hidden_size=d_model, num_hidden_layers=1, vocab_size=10), layer_id=0)
+    ours = RWKV4(d_model)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(0.5 * torch.randn_like(parameter))
+        for name, parameter in theirs.named_parameters():
+            ours.get_parameter(
+                name.replace("time_mix_key", "time_mix_k")
+                .replace("time_mix_value", "time_mix_v")
+                .replace("time_mix_receptance", "time_mix_r")
+            ).copy_(parameter.squeeze())
+    return ours, theirs
+
+
+def test_it_is_transformers() -> None:
+    ours, theirs = pair(16)
+    x = torch.randn(3, 37, 16)
+    given, expected_x = x.clone().requires_grad_(), x.clone().requires_grad_()
+    expected, _ = theirs(expected_x)
+    y, _ = ours(given)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    weights = torch.randn_like(y)
+    (y * weights).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(given.grad, expected_x.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.time_decay.grad, theirs.time_decay.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.time_first.grad, theirs.time_first.grad, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_its_state_is_transformers() -> None:
+    ours, theirs = pair(8)
+    x = torch.randn(2, 11, 8)
+    state = [torch.zeros(2, 8, 1) for _ in range(5)]
+    state[4] -= 1e30
+    theirs(x, state=state, use_cache=True)
+    _, own = ours(x, ours.initial_state(2))
+    torch.testing.assert_close(own.last, state[1][..., 0])
+    torch.testing.assert_close(own.wkv, torch.stack([part[..., 0] for part in state[2:]], dim=1), rtol=1e-5, atol=1e-5)
+
+
+def directly(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The sums as they are written, weights taken relative to the largest of each step."""
+    outputs = []
+    for t in range(k.shape[1]):
+        past = torch.arange(t)
+        exponents = torch.cat((k[:, :t] - (t - 1 - past)[:, None] * w, (u + k[:, t])[:, None]), dim=1)
+        outputs.append((exponents.softmax(1) * v[:, : t + 1]).sum(1))
+    return torch.stack(outputs, dim=1)
+
+
+@pytest.mark.parametrize("scale", [1.0, 300.0, 1e6])
+def test_keys_of_any_size(scale: float) -> None:
+    """e^1e6 and e^-1e6 side by side: outputs and gradients are those of a softmax in float64."""
+    torch.manual_seed(0)
+    w, u = torch.rand(5), torch.randn(5)
+    k, v = (scale * torch.randn(2, 50, 5)).requires_grad_(), torch.randn(2, 50, 5).requires_grad_()
+    before = torch.zeros(2, 3, 5)
+    before[:, 2] = -1e38
+    y, _, _ = weighted_average(w, u, k, v, before)
+    expected = directly(w.double(), u.double(), k.double(), v.double())
+    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=2e-5 * max(1.0, scale / 10))
+    weights = torch.randn_like(y)
+    for one, other in zip(
+        torch.autograd.grad((y * weights).sum(), (k, v)),
+        torch.autograd.grad((expected * weights).sum(), (k, v)),
+        strict=True,
+    ):
+        assert one.isfinite().all()
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * max(1.0, scale / 10))
+
+
+def test_a_long_silence_is_remembered() -> None:
+    """A key of e^60 fades below e^-60 keys only after its time: nothing underflows to 0 / 0 on the way."""
+    k = torch.full((1, 4000, 1), -60.0)
+    k[0, 0] = 60.0
+    v = torch.ones(1, 4000, 1)
+    v[0, 0] = 3.0
+    before = torch.zeros(1, 3, 1)
+    before[:, 2] = -1e38
+    w, u = torch.tensor([0.1]), torch.tensor([0.0])
+    y, sums, peak = weighted_average(w, u, k, v, before)
+    expected = directly(w.double(), u.double(), k.double(), v.double())
+    torch.testing.assert_close(y.double(), expected, rtol=1e-3, atol=1e-3)
+    assert sums.isfinite().all()
+    assert peak.isfinite().all()
+
+
+def test_a_decay_below_the_digits_of_a_key_still_fades() -> None:
+    """w = 2e-7 beside a key of 20, whose last digit is 2e-6: what came first has lost e^-w to each later step."""
+    k, v = torch.full((1, 20_000, 1), 20.0), torch.ones(1, 20_000, 1)
+    k[0, 1:] = -100.0
+    before = torch.zeros(1, 3, 1)
+    before[:, 2] = -1e38
+    _, sums, peak = weighted_average(torch.tensor([2e-7]), torch.zeros(1), k, v, before)
+    total = sums[0, -1, 0, 0].double().log() + peak[0, -1, 0].double()
+    assert abs(float(total) - (20 - 2e-7 * 19_999)) < 1e-3
+
+
+def test_it_starts_as_the_authors_code() -> None:
+    mixer = RWKV4(32, depth=0.0).to(torch.bfloat16)
+    assert mixer.time_decay.dtype == torch.float32
+    assert (mixer.time_decay[0], mixer.time_decay[-1]) == (-5, 3)
+    torch.testing.assert_close(mixer.time_first.detach().exp()[:3], 0.3 * torch.tensor([0.0, 0.5, -0.5]).exp())
+    for layer in (mixer.key, mixer.receptance, mixer.output):
+        assert not layer.weight.any()
+    value = RWKV4(32).value.weight
+    torch.testing.assert_close(value @ value.T, torch.eye(32), rtol=0, atol=1e-5)
+    torch.testing.assert_close(RWKV4(4, depth=0.5).time_mix_r.detach(), (torch.arange(4) / 4) ** 0.25)
+    torch.testing.assert_close(RWKV4(4, depth=0.5).time_mix_v.detach(), (torch.arange(4) / 4) ** 0.5 + 0.15)
+
+
+def test_options_that_make_no_sense() -> None:
+    with pytest.raises(ArgumentError, match="depth"):
+        RWKV4(8, depth=1.5)
