@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from longscan.errors import ArgumentError
 from longscan.mixers import Mamba
 from longscan.mixers.mamba import MambaState
+from longscan.models import LanguageModel, LanguageModelConfig
 
 
 def written_out(mixer: Mamba, x: Tensor) -> Tensor:
@@ -142,6 +144,15 @@ def test_no_copies_of_the_halves_of_in_proj() -> None:
         mixer._whole(x, None, None)
         mixer._parts(x, None, None)
     assert [z.stride() for z in seen] == 2 * [(5 * 32, 32, 1)]
+
+
+def test_a_copy_keeps_its_marks() -> None:
+    copied = copy.deepcopy(LanguageModel(LanguageModelConfig(d_model=8, n_layer=1, vocab_size=5))).bfloat16()
+    mixer = copied.backbone.blocks[0].mixer
+    assert isinstance(mixer, Mamba)
+    assert mixer.A_log.dtype == mixer.D.dtype == mixer.dt_proj.bias.dtype == torch.float32
+    assert mixer.in_proj.weight.dtype == torch.bfloat16
+    assert mixer.A_log._no_weight_decay
 
 
 def test_state_fields() -> None:

@@ -72,6 +72,17 @@ def test_a_captured_step_refuses_a_state_that_is_gone() -> None:
 
 
 @pytest.mark.gpu
+@torch.no_grad()
+def test_a_captured_step_of_a_model_without_a_convolution_s_state() -> None:
+    model = make(mixer_options={"d_conv": 1}).cuda()
+    stepper, tokens = make_stepper(model), torch.tensor([1], device="cuda")
+    for _ in range(2):
+        logits, _ = stepper.step(tokens, model.initial_state(1))
+    expected, _ = ModuleStepper(model).step(tokens, model.initial_state(1))
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
 def test_graphs_are_for_states_that_do_not_grow() -> None:
     assert isinstance(make_stepper(make("mixed").cuda()), ModuleStepper)
 

@@ -139,7 +139,8 @@ class _Graph:
     def step(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
         rows = tokens.shape[0]
         if state is not self._given:
-            if any(new.data_ptr() == kept.data_ptr() for kept, new in self._pairs(state)):
+            # Empty tensors all lie at address 0.
+            if any(new.numel() > 0 and new.data_ptr() == kept.data_ptr() for kept, new in self._pairs(state)):
                 raise ArgumentError("state: was given back before and has been overwritten since; clone it to keep")
             copy_states(self._state.map(lambda tensor: tensor[:rows]), state)
         self._tokens[:rows].copy_(tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import copy
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 
 from longscan.errors import ArgumentError
 from longscan.nn.state import State
+
+# What parameters are marked with.
+_MARKS = ("_keep_float32", "_no_weight_decay", "_no_reinit")
 
 
 class SequenceMixer(nn.Module, abc.ABC):
@@ -77,6 +81,17 @@ class SequenceMixer(nn.Module, abc.ABC):
             ArgumentError: the mixer depends on its input, so there is no kernel.
         """
         raise ArgumentError(f"{type(self).__name__} depends on its input over time, it has no convolution kernel")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SequenceMixer:
+        # PyTorch's copies of parameters lose what is marked on them.
+        clone = type(self).__new__(type(self))
+        memo[id(self)] = clone
+        clone.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        for old, new in zip(self.parameters(), clone.parameters(), strict=True):
+            for mark in _MARKS:
+                if hasattr(old, mark):
+                    setattr(new, mark, getattr(old, mark))
+        return clone
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SequenceMixer:
         def apply(tensor: Tensor) -> Tensor:
