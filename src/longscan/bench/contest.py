@@ -292,8 +292,8 @@ def _first_pass(
     if error is not None and not error <= TOLERANCE[dtype]:
         return _wrong(group, contender, error, dtype)
     memory = None
-    # A slow peer's first pass may be its only one; ours, and any on a GPU, compiles in it.
-    if contender.kind == "ours" or settings.device != "cpu":
+    # A slow peer's first pass may be its only one; ours, those on our operators, and any on a GPU, compile in it.
+    if contender.kind == "ours" or contender.name.endswith("+longscan") or settings.device != "cpu":
         first, memory = timed_with_memory(call, settings.device, before)
     if contender.own_memory:
         memory = None
