@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import logging
 import time
@@ -181,13 +182,14 @@ def decode(
     return DecoderOutput(tokens, tuple(scores))
 
 
-class GenerationMixin:
+class GenerationMixin(abc.ABC):
     """Gives a model `generate`."""
 
+    @abc.abstractmethod
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any
     ) -> dict[int, Any]:
-        raise NotImplementedError
+        """Each layer's states before the first token, by the layer's number."""
 
     def generate(
         self,
