@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from longscan.mixers.attention import Attention
 from longscan.mixers.dilated_rnn import DilatedRNN
+from longscan.mixers.hippo import HiPPO
 from longscan.mixers.linear_attention import LinearAttention
+from longscan.mixers.lmu import LMU
+from longscan.mixers.lssl import LSSL
 from longscan.mixers.lstm import LSTM
 from longscan.mixers.mamba import Mamba
 from longscan.mixers.retnet import RetNet
@@ -22,6 +25,22 @@ MIXERS: dict[str, type[SequenceMixer]] = {
     "rwkv4": RWKV4,
     "lstm": LSTM,
     "dilated_rnn": DilatedRNN,
+    "lmu": LMU,
+    "hippo": HiPPO,
+    "lssl": LSSL,
 }
 
-__all__ = ["LSTM", "MIXERS", "RWKV4", "S4D", "Attention", "DilatedRNN", "LinearAttention", "Mamba", "RetNet"]
+__all__ = [
+    "LMU",
+    "LSSL",
+    "LSTM",
+    "MIXERS",
+    "RWKV4",
+    "S4D",
+    "Attention",
+    "DilatedRNN",
+    "HiPPO",
+    "LinearAttention",
+    "Mamba",
+    "RetNet",
+]

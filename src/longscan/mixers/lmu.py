@@ -199,7 +199,8 @@ class LMU(SequenceMixer):
         return LMUState(memory, None if self.parallel else torch.zeros(batch, self.d_hidden, device=device, dtype=wide))
 
     def extra_repr(self) -> str:
-        return f"{self.d_model}, d_memory={self.d_memory}, order={self.order}, theta={self.theta}, parallel={self.parallel}"
+        sizes = f"{self.d_model}, d_memory={self.d_memory}, order={self.order}, theta={self.theta}"
+        return f"{sizes}, parallel={self.parallel}"
 
 
 def _powers(A: Tensor, highest: int) -> Tensor:
