@@ -73,9 +73,10 @@ class HiPPO(SequenceMixer):
         super().__init__()
         d_hidden = d_model if d_hidden is None else d_hidden
         order = d_hidden if order is None else order
-        if min(d_model, d_hidden, d_memory) < 1:
+        if min(d_model, d_hidden, d_memory, order) < 1:
             raise ArgumentError(
-                f"d_model, d_hidden and d_memory must be at least 1; got {d_model}, {d_hidden} and {d_memory}"
+                "d_model, d_hidden, d_memory and order must be at least 1; got "
+                f"{d_model}, {d_hidden}, {d_memory} and {order}"
             )
         if (window is None) != (measure == "legs") or (window is not None and not window > 0):
             raise ArgumentError(
