@@ -123,7 +123,7 @@ class LSSL(SequenceMixer):
         # Autocast is for matrix products of activations: the system itself is computed in float32.
         with torch.autocast(x.device.type, enabled=False):
             u = x.to(self.C.dtype)
-            rows, length, _ = u.shape
+            length = u.shape[1]
             A_bar, B_bar = self.system()
             krylov = _krylov(A_bar, B_bar, length)
             y = long_conv(u, torch.einsum("dn,dnl->dl", self.C, krylov), self.D)
@@ -135,8 +135,8 @@ class LSSL(SequenceMixer):
                 # At step l the old state has gone through A_bar l + 1 times: C A_bar^l is a Krylov matrix too.
                 first = torch.einsum("dnm,bdm->bdn", A_bar, before.ssm)
                 y = y + torch.einsum("dnl,bdn->bld", _krylov(A_bar.mT, self.C, length), first)
-                taken = torch.full((rows,), length) if lengths is None else lengths
-                ssm = ssm + _advance(A_bar, before.ssm, taken.to(u.device), length)
+                steps = length if lengths is None else lengths.to(u.device)
+                ssm = ssm + _advance(A_bar, before.ssm, steps, length)
         return self._project(y.to(x.dtype)), LSSLState(ssm)
 
     def step(self, x: Tensor, state: State, *, inplace: bool = False) -> tuple[Tensor, LSSLState]:
@@ -172,11 +172,14 @@ def _krylov(A: Tensor, B: Tensor, length: int) -> Tensor:
     return columns
 
 
-def _advance(A: Tensor, state: Tensor, steps: Tensor, longest: int) -> Tensor:
-    """``A^steps state``, for each row its own number of steps, at most ``longest``, by the binary digits of it."""
+def _advance(A: Tensor, state: Tensor, steps: int | Tensor, longest: int) -> Tensor:
+    """``A^steps state``, for all rows or each its own number of steps, at most ``longest``, by its binary digits."""
     for digit in range(longest.bit_length()):
-        moved = torch.einsum("dnm,bdm->bdn", A, state)
-        state = torch.where((steps >> digit & 1).bool()[:, None, None], moved, state)
+        moved, taken = torch.einsum("dnm,bdm->bdn", A, state), steps >> digit & 1
+        if isinstance(taken, Tensor):
+            state = torch.where(taken.bool()[:, None, None], moved, state)
+        elif taken:
+            state = moved
         A = A @ A
     return state
 
