@@ -217,6 +217,8 @@ def test_fixed_lssl_trains_only_what_reads_it() -> None:
         "out_proj.weight",
         "out_proj.bias",
     }
+    assert LSSL(4, fixed=True).capturable
+    assert not LSSL(4).capturable
     learned = {name for name, _ in LSSL(4).named_parameters()}
     assert {"A", "B", "log_dt"} < learned
 

@@ -78,6 +78,8 @@ class LSSL(SequenceMixer):
             raise ArgumentError(f"d_model must be at least 1, got {d_model}")
         self.d_model, self.d_state, self.fixed = d_model, d_state, fixed
         self.discretisation, self.alpha = discretisation, alpha
+        # PyTorch's dense solvers may wait for the GPU.
+        self.capturable = fixed
         A, B = transition(measure, d_state)
         log_dt = log_uniform_steps(d_model, dt_min, dt_max, device)
         wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)

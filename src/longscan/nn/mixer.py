@@ -32,6 +32,9 @@ class SequenceMixer(nn.Module, abc.ABC):
     #: Whether the mixer is one fixed convolution, so that :meth:`convolution_kernel` exists.
     time_invariant: ClassVar[bool] = False
 
+    #: Whether CUDA graphs can capture it: no call waits for the GPU.
+    capturable: bool = True
+
     @abc.abstractmethod
     def forward(
         self, x: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None
