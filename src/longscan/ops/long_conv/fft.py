@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longscan.ops.checks import ACCUMULATION
 from longscan.ops.packing import Rows, back_in_one_row, in_rows
 
 # A block is about this many kernels long: longer ones repeat less, shorter ones have smaller transforms.
