@@ -32,7 +32,7 @@ def _stretches(z: Tensor, w: Tensor) -> Iterator[tuple[int, int]]:
 
 def _quotients(z: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     """1 / (z - w) and 1 / (z - w*), (channels, N, places)."""
-    return torch.reciprocal(z - w[..., None]), torch.reciprocal(z - w.conj()[..., None])
+    return torch.reciprocal(z - w[..., None]), torch.reciprocal(z - torch.conj_physical(w)[..., None])
 
 
 def _matrix(one: Tensor, other: Tensor) -> Tensor:

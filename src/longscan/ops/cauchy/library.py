@@ -39,7 +39,7 @@ def _backward(dy: Tensor, v: Tensor, z: Tensor, w: Tensor, backend: str) -> tupl
     module = backends.resolve("cauchy", backend, (v, w))
     with torch.autocast(v.device.type, enabled=False):
         first, second = module.transpose(dy.resolve_conj(), z.resolve_conj(), w.resolve_conj())
-        return first.contiguous(), (v.conj() * second).sum(0)
+        return first.contiguous(), (torch.conj_physical(v) * second).sum(0)
 
 
 @torch.library.register_fake("longscan::cauchy_backward")

@@ -25,20 +25,18 @@ def unsupported(*_: Tensor | None) -> str | None:
 
 def _quotients(z: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     """1 / (z - w) and 1 / (z - w*), (channels, N, length)."""
-    return 1 / (z - w[..., None]), 1 / (z - w.conj()[..., None])
+    return 1 / (z - w[..., None]), 1 / (z - torch.conj_physical(w)[..., None])
 
 
 def product(v: Tensor, z: Tensor, w: Tensor) -> Tensor:
     """(products, channels, N), (length,), (channels, N) to (products, channels, length)."""
     one, other = _quotients(z, w)
-    return (v[..., None] * one + v.conj()[..., None] * other).sum(-2)
+    return (v[..., None] * one + torch.conj_physical(v)[..., None] * other).sum(-2)
 
 
 def transpose(g: Tensor, z: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     """S1 and S2, each (products, channels, N), of g (products, channels, length)."""
     one, other = _quotients(z, w)
-    g = g[..., None, :]
-    return (
-        (g * one.conj() + g.conj() * other).sum(-1),
-        (g * one.conj().square() + g.conj() * other.square()).sum(-1),
-    )
+    one, g = torch.conj_physical(one), g[..., None, :]
+    conjugate = torch.conj_physical(g)
+    return (g * one + conjugate * other).sum(-1), (g * one.square() + conjugate * other.square()).sum(-1)

@@ -42,7 +42,8 @@ def make_inputs(
     weights = torch.randn(shape, generator=generator, dtype=torch.complex128) / math.sqrt(case.states)
     decay = torch.rand(case.channels, case.states, generator=generator, dtype=torch.float64) + 0.05
     turn = torch.randn(case.channels, case.states, generator=generator, dtype=torch.float64)
-    # Memories of about the length, so that late places count.
+    # Memories of about the length, so that late places count, and angles that float32 can say at the end of them.
+    turn = turn * min(1.0, 50 / case.length)
     return {
         "weights": weights.to(device, wide),
         "log_A_bar": torch.complex(-2 * decay / case.length, turn).to(device, wide),

@@ -43,7 +43,7 @@ def product(weights: Tensor, log_A_bar: Tensor, length: int) -> Tensor:
     starts, within = _places(log_A_bar, outer, inner)
     left = weights[:, :, None, :] * torch.view_as_complex(_powers(log_A_bar, starts))
     # The real part of a complex product is that of one with the conjugate: a product of pairs of real numbers.
-    left = torch.view_as_real((2 * left).conj().resolve_conj()).flatten(-2)
+    left = torch.view_as_real(torch.conj_physical(2 * left)).flatten(-2)
     return torch.matmul(left, _powers(log_A_bar, within).flatten(-2).mT).flatten(-2)[..., :length]
 
 

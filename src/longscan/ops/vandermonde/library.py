@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from longscan.ops import backends
-from longscan.ops.checks import once_differentiable
+from longscan.ops.checks import REAL, once_differentiable
 
 torch.library.define("longscan::vandermonde", "(Tensor weights, Tensor log_A_bar, int length, str backend) -> Tensor")
 torch.library.define(
@@ -41,14 +41,14 @@ def _product(weights: Tensor, log_A_bar: Tensor, length: int, backend: str) -> T
 
 @torch.library.register_fake("longscan::vandermonde")
 def _product_fake(weights: Tensor, log_A_bar: Tensor, length: int, backend: str) -> Tensor:
-    return weights.new_empty((*weights.shape[:2], length), dtype=weights.dtype.to_real())
+    return weights.new_empty((*weights.shape[:2], length), dtype=REAL[weights.dtype])
 
 
 @torch.library.impl("longscan::vandermonde_backward", "CompositeExplicitAutograd")
 def _product_backward(dkernel: Tensor, weights: Tensor, log_A_bar: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     with torch.autocast(weights.device.type, enabled=False):
         sums, slopes = _backend(backend, weights, log_A_bar).moments(dkernel, log_A_bar, True)
-        return (2 * sums).conj().resolve_conj(), (2 * weights * slopes).sum(0).conj().resolve_conj()
+        return torch.conj_physical(2 * sums), torch.conj_physical((2 * weights * slopes).sum(0))
 
 
 @torch.library.register_fake("longscan::vandermonde_backward")
@@ -72,9 +72,9 @@ def _moments_fake(values: Tensor, log_A_bar: Tensor, backend: str) -> Tensor:
 def _moments_backward(dsums: Tensor, values: Tensor, log_A_bar: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     module = _backend(backend, values, log_A_bar)
     with torch.autocast(values.device.type, enabled=False):
-        dvalues = module.product(dsums.conj().resolve_conj(), log_A_bar, values.shape[-1]) / 2
+        dvalues = module.product(torch.conj_physical(dsums), log_A_bar, values.shape[-1]) / 2
         slopes = module.moments(values, log_A_bar, True)[1]
-        return dvalues, (dsums * slopes.conj()).sum(0)
+        return dvalues, (dsums * torch.conj_physical(slopes)).sum(0)
 
 
 @torch.library.register_fake("longscan::vandermonde_transpose_backward")
