@@ -9,12 +9,14 @@ from longscan.mixers.lstm import LSTM
 from longscan.mixers.mamba import Mamba
 from longscan.mixers.retnet import RetNet
 from longscan.mixers.rwkv4 import RWKV4
+from longscan.mixers.s4 import S4
 from longscan.mixers.s4d import S4D
 from longscan.nn.mixer import SequenceMixer
 
 #: Name in configurations -> class.
 MIXERS: dict[str, type[SequenceMixer]] = {
     "mamba": Mamba,
+    "s4": S4,
     "s4d": S4D,
     "attention": Attention,
     "linear_attention": LinearAttention,
@@ -24,4 +26,4 @@ MIXERS: dict[str, type[SequenceMixer]] = {
     "dilated_rnn": DilatedRNN,
 }
 
-__all__ = ["LSTM", "MIXERS", "RWKV4", "S4D", "Attention", "DilatedRNN", "LinearAttention", "Mamba", "RetNet"]
+__all__ = ["LSTM", "MIXERS", "RWKV4", "S4", "S4D", "Attention", "DilatedRNN", "LinearAttention", "Mamba", "RetNet"]
