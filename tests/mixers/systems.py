@@ -18,6 +18,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba-plain": ("mamba", {"d_state": 1, "d_conv": 1, "expand": 1, "dt_rank": 2, "conv_bias": False, "bias": True}),
     "s4d": ("s4d", {"d_state": 4}),
     "s4d-legs-bilinear": ("s4d", {"d_state": 6, "a_init": "s4d-legs", "discretisation": "bilinear", "glu": False}),
+    "s4": ("s4", {"d_state": 4}),
+    "s4-legt-plain": ("s4", {"d_state": 6, "measure": "legt", "glu": False}),
     "attention": ("attention", {"n_heads": 2}),
     "attention-grouped": ("attention", {"n_heads": 4, "n_kv_heads": 2, "bias": True}),
     "linear-attention": ("linear_attention", {"n_heads": 2}),

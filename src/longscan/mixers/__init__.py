@@ -12,12 +12,14 @@ from longscan.mixers.lstm import LSTM
 from longscan.mixers.mamba import Mamba
 from longscan.mixers.retnet import RetNet
 from longscan.mixers.rwkv4 import RWKV4
+from longscan.mixers.s4 import S4
 from longscan.mixers.s4d import S4D
 from longscan.nn.mixer import SequenceMixer
 
 #: Name in configurations -> class.
 MIXERS: dict[str, type[SequenceMixer]] = {
     "mamba": Mamba,
+    "s4": S4,
     "s4d": S4D,
     "attention": Attention,
     "linear_attention": LinearAttention,
@@ -36,6 +38,7 @@ __all__ = [
     "LSTM",
     "MIXERS",
     "RWKV4",
+    "S4",
     "S4D",
     "Attention",
     "DilatedRNN",
