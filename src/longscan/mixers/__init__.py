@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from longscan.mixers.attention import Attention
 from longscan.mixers.dilated_rnn import DilatedRNN
+from longscan.mixers.h3 import H3
 from longscan.mixers.linear_attention import LinearAttention
 from longscan.mixers.lstm import LSTM
 from longscan.mixers.mamba import Mamba
@@ -20,8 +21,9 @@ MIXERS: dict[str, type[SequenceMixer]] = {
     "linear_attention": LinearAttention,
     "retnet": RetNet,
     "rwkv4": RWKV4,
+    "h3": H3,
     "lstm": LSTM,
     "dilated_rnn": DilatedRNN,
 }
 
-__all__ = ["LSTM", "MIXERS", "RWKV4", "S4D", "Attention", "DilatedRNN", "LinearAttention", "Mamba", "RetNet"]
+__all__ = ["H3", "LSTM", "MIXERS", "RWKV4", "S4D", "Attention", "DilatedRNN", "LinearAttention", "Mamba", "RetNet"]
