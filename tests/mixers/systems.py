@@ -26,6 +26,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "retnet": ("retnet", {"n_heads": 2}),
     "retnet-paper": ("retnet", {"n_heads": 2, "gamma": "paper", "expand": 1}),
     "rwkv4": ("rwkv4", {}),
+    "h3": ("h3", {"d_state": 4}),
+    "h3-heads": ("h3", {"d_state": 2, "d_shift": 3, "head_dim": 4, "discretisation": "bilinear", "bias": False}),
     "lstm": ("lstm", {}),
     "lstm-projected": ("lstm", {"d_hidden": 5, "bias": False}),
     "dilated-gru": ("dilated_rnn", {"dilations": (1, 2, 4), "cell": "gru"}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from longscan.mixers.attention import Attention
 from longscan.mixers.dilated_rnn import DilatedRNN
+from longscan.mixers.h3 import H3
 from longscan.mixers.hippo import HiPPO
 from longscan.mixers.linear_attention import LinearAttention
 from longscan.mixers.lmu import LMU
@@ -25,6 +26,7 @@ MIXERS: dict[str, type[SequenceMixer]] = {
     "linear_attention": LinearAttention,
     "retnet": RetNet,
     "rwkv4": RWKV4,
+    "h3": H3,
     "lstm": LSTM,
     "dilated_rnn": DilatedRNN,
     "lmu": LMU,
@@ -33,6 +35,7 @@ MIXERS: dict[str, type[SequenceMixer]] = {
 }
 
 __all__ = [
+    "H3",
     "LMU",
     "LSSL",
     "LSTM",
