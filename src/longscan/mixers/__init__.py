@@ -5,6 +5,7 @@ from __future__ import annotations
 from longscan.mixers.attention import Attention
 from longscan.mixers.dilated_rnn import DilatedRNN
 from longscan.mixers.h3 import H3
+from longscan.mixers.hyena import Hyena
 from longscan.mixers.linear_attention import LinearAttention
 from longscan.mixers.lstm import LSTM
 from longscan.mixers.mamba import Mamba
@@ -22,8 +23,21 @@ MIXERS: dict[str, type[SequenceMixer]] = {
     "retnet": RetNet,
     "rwkv4": RWKV4,
     "h3": H3,
+    "hyena": Hyena,
     "lstm": LSTM,
     "dilated_rnn": DilatedRNN,
 }
 
-__all__ = ["H3", "LSTM", "MIXERS", "RWKV4", "S4D", "Attention", "DilatedRNN", "LinearAttention", "Mamba", "RetNet"]
+__all__ = [
+    "H3",
+    "LSTM",
+    "MIXERS",
+    "RWKV4",
+    "S4D",
+    "Attention",
+    "DilatedRNN",
+    "Hyena",
+    "LinearAttention",
+    "Mamba",
+    "RetNet",
+]
