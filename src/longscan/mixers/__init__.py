@@ -6,6 +6,7 @@ from longscan.mixers.attention import Attention
 from longscan.mixers.dilated_rnn import DilatedRNN
 from longscan.mixers.h3 import H3
 from longscan.mixers.hippo import HiPPO
+from longscan.mixers.hyena import Hyena
 from longscan.mixers.linear_attention import LinearAttention
 from longscan.mixers.lmu import LMU
 from longscan.mixers.lssl import LSSL
@@ -27,6 +28,7 @@ MIXERS: dict[str, type[SequenceMixer]] = {
     "retnet": RetNet,
     "rwkv4": RWKV4,
     "h3": H3,
+    "hyena": Hyena,
     "lstm": LSTM,
     "dilated_rnn": DilatedRNN,
     "lmu": LMU,
@@ -46,6 +48,7 @@ __all__ = [
     "Attention",
     "DilatedRNN",
     "HiPPO",
+    "Hyena",
     "LinearAttention",
     "Mamba",
     "RetNet",
