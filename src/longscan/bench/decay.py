@@ -28,7 +28,7 @@ _CHECKED = 256
 
 
 def run(settings: Settings) -> Report:
-    """Milliseconds a pass, beside the definition, others' kernels, and causal attention of as many heads times d_v channels."""
+    """Milliseconds a pass; beside it, others' kernels, and causal attention of as many heads times d_v channels."""
     on_cpu = settings.device == "cpu"
     shapes = settings.shapes_of(AXES, *(((4, 1024, 8, 64, 64),) if on_cpu else ((8, 2048, 16, 64, 64),)))
     rows: list[Row] = []

@@ -9,6 +9,7 @@ import torch
 
 from longscan.errors import BackendError
 from longscan.ops import backends, decay_attention, decay_attention_update
+from longscan.ops.decay_attention import library
 from longscan.ops.decay_attention.cases import CASES, FEW, NAMES, DecayCase, make_inputs
 from tests.ops.agreement import TOLERANCE, assert_close, in_float64, outputs_and_gradients
 
@@ -89,7 +90,7 @@ def test_no_state_leaks_over_a_border() -> None:
 def test_a_decay_that_is_no_number_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_inputs(DecayCase("nan", batch=1, length=5, heads=1), DEVICE)
     inputs["log_decay"][0, 2] = float("nan")
-    monkeypatch.setattr("longscan.ops.decay_attention.library._check_decay", lambda log_decay: None)
+    monkeypatch.setattr(library, "_check_decay", lambda log_decay: None)
     y = decay_attention(**inputs, backend="triton")
     assert y[0, 2:].isnan().all()
 

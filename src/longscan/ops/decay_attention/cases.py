@@ -12,8 +12,8 @@ from torch import Tensor
 class DecayCase:
     """One call of the decay attention.
 
-    `groups`: heads of q and k, where there are fewer of them. `decay`: "none", "head" (constant in time) or "step". `lengths` packs sequences of those lengths in one row.
-    `normalise`: keys and queries are then positive.
+    `groups`: heads of q and k, where there are fewer of them. `decay`: "none", "head" (constant in time) or "step".
+    `lengths` packs sequences of those lengths in one row. `normalise`: keys and queries are then positive.
     """
 
     name: str

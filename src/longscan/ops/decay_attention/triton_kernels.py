@@ -103,11 +103,8 @@ def outer_kernel(
         whole, part, all_whole, all_part = running_sums(
             log_decay + row * g_row + first * g_step + head * g_head, g_step, left, CHUNK
         )
-        if FROM_START:
-            weight = tl.exp(whole + part)
-        else:
-            weight = tl.exp((all_whole - whole) + (all_part - part))
-        keys = (keys * weight[:, None]).to(COMPUTE)
+        sums = whole + part if FROM_START else (all_whole - whole) + (all_part - part)
+        keys = (keys * tl.exp(sums)[:, None]).to(COMPUTE)
         tl.store(totals + program, tl.exp(all_whole + all_part), mask=tl.program_id(1) == 0)
     drive = tl.dot(tl.trans(keys), values, input_precision=PRECISION)
     put(drives + program.to(tl.int64) * D_K * D_V + k * D_V, D_V, D_K - k, v, drive, BLOCK_K, BLOCK_V, D_V)
@@ -131,13 +128,13 @@ def pass_kernel(
     state = tl.zeros((BLOCK,), tl.float32)
     if HAS_START:
         state = tl.load(start + own, mask=mask, other=0.0)
-    for n in range(0, chunks):
+    for n in range(chunks):
         number = (piece + (chunks - 1 - n if REVERSE else n)) * heads + head
-        place_ = number * SIZE + entry
-        tl.store(borders + place_, state.to(borders.dtype.element_ty), mask=mask)
+        where = number * SIZE + entry
+        tl.store(borders + where, state.to(borders.dtype.element_ty), mask=mask)
         if DECAY:
             state *= tl.load(totals + number)
-        state += tl.load(drives + place_, mask=mask, other=0.0)
+        state += tl.load(drives + where, mask=mask, other=0.0)
     tl.store(end + own, state, mask=mask)
 
 
