@@ -12,6 +12,7 @@ from longscan.mixers.lmu import LMU
 from longscan.mixers.lssl import LSSL
 from longscan.mixers.lstm import LSTM
 from longscan.mixers.mamba import Mamba
+from longscan.mixers.mamba2 import Mamba2
 from longscan.mixers.retnet import RetNet
 from longscan.mixers.rwkv4 import RWKV4
 from longscan.mixers.s4 import S4
@@ -22,6 +23,7 @@ from longscan.nn.mixer import SequenceMixer
 MIXERS: dict[str, type[SequenceMixer]] = {
     "mamba": Mamba,
     "s4": S4,
+    "mamba2": Mamba2,
     "s4d": S4D,
     "attention": Attention,
     "linear_attention": LinearAttention,
@@ -51,5 +53,6 @@ __all__ = [
     "Hyena",
     "LinearAttention",
     "Mamba",
+    "Mamba2",
     "RetNet",
 ]
