@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from longscan.mixers import MIXERS, make_mixer
+from longscan.mixers import make_mixer
 from longscan.nn import SequenceMixer
 
 D_MODEL = 8

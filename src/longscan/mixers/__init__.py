@@ -33,7 +33,6 @@ MIXERS: dict[str, type[SequenceMixer]] = {
 }
 
 
-
 def make_mixer(
     name: str,
     d_model: int,

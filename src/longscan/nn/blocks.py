@@ -5,10 +5,10 @@ Dao, Fu et al. 2022 (H3, arXiv 2212.14052, figure 1) and Gu and Dao 2023 (Mamba,
 
 .. math::
     \text{h3:} \quad & k, q, v = W_{in} x, \quad o = W_{out}\,(q \odot M(\mathrm{conv}(k) \odot v)) \\
-    \text{mamba:} \quad & u, z = W_{in} x, \quad o = W_{out}\,(M(\mathrm{silu}(\mathrm{conv}(u))) \odot \mathrm{silu}(z)) \\
-    \text{ungated:} \quad & u = W_{in} x, \quad o = W_{out}\, M(\mathrm{silu}(\mathrm{conv}(u)))
+    \text{mamba:} \quad & u, z = W_{in} x, \quad o = W_{out}\,(M(\sigma(\mathrm{conv}(u))) \odot \sigma(z)) \\
+    \text{ungated:} \quad & u = W_{in} x, \quad o = W_{out}\, M(\sigma(\mathrm{conv}(u)))
 
-The convolution is short, causal and of each channel by itself; H3's shift SSM is one. H3's heads are one channel wide,
+with SiLU for sigma. The convolution is short, causal and of each channel by itself; H3's shift SSM is one. H3's heads are one channel wide,
 so that k v is a product of channels.
 """
 
