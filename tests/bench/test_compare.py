@@ -107,7 +107,7 @@ def test_the_command(tmp_path: Path) -> None:
         length=20,
         output=tmp_path / "found.json",
     )
-    console = Console(width=80, record=True, file=(tmp_path / "out.txt").open("w"))
+    console = Console(width=120, record=True, file=(tmp_path / "out.txt").open("w"))
     assert command.run(options, console) == 0
     text = console.export_text()
     assert all(word in text for word in ("h3/s4d", "mamba", "accuracy", "state B", "kept for the backward pass"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -76,7 +77,8 @@ class Options:
 
 def run(options: Options, console: Console | None = None) -> int:
     """Trains, prints the table, writes JSON and figure; returns 1 if a mixer failed."""
-    console = console or Console()
+    # Where no terminal says how wide the table may be, it is as wide as it is.
+    console = console or (Console() if sys.stdout.isatty() else Console(width=120))
     device = options.device or diagnostics.devices()[-1].type
     if device not in [found.type for found in diagnostics.devices()]:
         raise ArgumentError(f"device: PyTorch has no {device!r} here, only {[d.type for d in diagnostics.devices()]}")
@@ -120,8 +122,7 @@ def run(options: Options, console: Console | None = None) -> int:
             result = run_comparison(settings, mixers, path, progress)
     finally:
         torch.set_num_threads(before)
-    # Without a terminal nothing says how wide the table may be.
-    console.print(_table(result), width=None if console.is_terminal else 120)
+    console.print(_table(result))
     figure = plot_comparison(path, path.with_suffix(".png"))
     console.print(f"written: {path} and {figure}")
     return 1 if any(row["note"] for row in result["rows"]) else 0

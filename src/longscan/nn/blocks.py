@@ -1,6 +1,6 @@
 r"""The block shapes around a mixer: of H3, of Mamba, and Mamba's without its gate.
 
-Dao, Fu et al. 2022 (H3, arXiv 2212.14052, figure 1) and Gu and Dao 2023 (Mamba, arXiv 2312.00752, figure 3 and section
+Fu, Dao et al. 2022 (H3, arXiv 2212.14052, figure 1) and Gu and Dao 2023 (Mamba, arXiv 2312.00752, figure 3 and section
 4.6.1). With any inner mixer M of the block's inner width:
 
 .. math::
@@ -8,8 +8,8 @@ Dao, Fu et al. 2022 (H3, arXiv 2212.14052, figure 1) and Gu and Dao 2023 (Mamba,
     \text{mamba:} \quad & u, z = W_{in} x, \quad o = W_{out}\,(M(\sigma(\mathrm{conv}(u))) \odot \sigma(z)) \\
     \text{ungated:} \quad & u = W_{in} x, \quad o = W_{out}\, M(\sigma(\mathrm{conv}(u)))
 
-with SiLU for sigma. The convolution is short, causal and of each channel by itself; H3's shift SSM is one. H3's heads are one channel wide,
-so that k v is a product of channels.
+with SiLU for sigma. The convolution is short, causal and of each channel by itself; H3's shift SSM is one. H3's heads
+are one channel wide, so that k v is a product of channels.
 """
 
 from __future__ import annotations
