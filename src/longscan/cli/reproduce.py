@@ -140,19 +140,24 @@ def _work(run: Run, stop: Stop, ends: float | None, console: Console) -> bool:
     """Train and test one system, showing how far it is; False if it was stopped."""
     system, steps = run.system, run.system.recipe.steps
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    figures = TextColumn("{task.fields[figures]}")
     said = 0.0
-    with Progress(*columns, TextColumn("{task.fields[figures]}"), console=console, disable=not console.is_terminal) as bar:
+    with Progress(*columns, figures, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(escape(system.label), total=steps, figures="preparing")
         bar.update(task, completed=run.resume())
 
         def tell(point: Point | None, accuracy: dict[str, float]) -> None:
             nonlocal said
-            figures = _tested(accuracy) if point is None else f"loss {point.loss:.4f}  accuracy {percent(point.accuracy)}%"
-            bar.update(task, figures=figures, **({} if point is None else {"completed": point.step}))
+            if point is None:
+                place, text = "tested", _tested(accuracy)
+                bar.update(task, figures=text)
+            else:
+                place = f"step {point.step}/{steps}, {duration(run.train_seconds)}"
+                text = f"loss {point.loss:.4f}  accuracy {percent(point.accuracy)}%"
+                bar.update(task, completed=point.step, figures=text)
             if not console.is_terminal and (point is None or time.monotonic() - said > _INTERVAL):
                 said = time.monotonic()
-                place = "tested" if point is None else f"step {point.step}/{steps}, {duration(run.train_seconds)}"
-                console.print(f"{system.label}: {place}  {figures}")
+                console.print(f"{system.label}: {place}  {text}")
 
         return run.go_on(lambda: stop() or (ends is not None and time.monotonic() > ends), tell)
 
@@ -200,9 +205,7 @@ def _table(settings: Settings, results: list[Result], published: Published | Non
         for result in own:
             ours = result.accuracy.get(str(length))
             theirs = None if published is None else published.of(result.system, length)
-            cells.append(
-                ("-" if ours is None else percent(ours)) + ("" if theirs is None else f" ({theirs:g})")
-            )
+            cells.append(("-" if ours is None else percent(ours)) + ("" if theirs is None else f" ({theirs:g})"))
         table.add_row(f"{length:,}", *cells)
     return table
 

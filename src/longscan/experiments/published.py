@@ -44,7 +44,6 @@ def read_published(values: Mapping[str, Any], where: str) -> dict[str, Published
             tables[name] = Published(str(table["source"]), figures, str(table.get("note", "")))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(
-                f"{where}: table {name!r} must have a source and figures of the form system.length = percent; "
-                f"{error!r}"
+                f"{where}: table {name!r} must have a source and figures of the form system.length = percent; {error!r}"
             ) from error
     return tables

@@ -9,9 +9,9 @@ from longscan.experiments.results import Result
 
 _HEAD = """# Results
 
-Written by `longscan reproduce --report` from the files in `results/`; do not edit. Accuracies are in percent, ours first,
-the published figure in brackets behind it. *paper* is the published setting, *here* the one scaled down for two CPU
-cores. Each table names the command that makes it.
+Written by `longscan reproduce --report` from the files in `results/`; do not edit. Accuracies are in percent, ours
+first, the published figure in brackets behind it. *paper* is the published setting, *here* the one scaled down for two
+CPU cores. Each section names the command that makes it.
 """
 
 
@@ -30,18 +30,16 @@ def _section(results: list[Result], scale: str, published: Published | None) -> 
     first = results[0]
     lengths = sorted({int(length) for result in results for length in result.accuracy})
     task = ", ".join(f"{key} {value}" for key, value in first.task.items() if key != "name")
+    command = f"longscan reproduce {first.experiment.replace('_', '-')} --scale {scale}"
     lines = [
         f"## {first.title}, scale: {scale}",
         "",
-        f"`longscan reproduce {first.experiment} --scale {scale}`. Task {first.task['name']} ({task}); {first.sequences} "
-        "test sequences per length.",
+        f"`{command}`. Task: {task}; {first.sequences:,} test sequences per length.",
     ]
     if published is not None:
         lines += ["", f"Published: {published.source}.{' ' + published.note if published.note else ''}"]
     lines += ["", _row(["system", *(f"{length:,}" for length in lengths)]), _row(["---", *["---:"] * len(lengths)])]
-    lines += [
-        _row([_name(result), *(_cell(result, length, published) for length in lengths)]) for result in results
-    ]
+    lines += [_row([_name(result), *(_cell(result, length, published) for length in lengths)]) for result in results]
     lines += ["", _row(["system", "parameters", "steps", "ms a step", "training", "test", "on"])]
     lines += [_row(["---", *["---:"] * 5, "---"])]
     lines += [_row(_cost(result)) for result in results]

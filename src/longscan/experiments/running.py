@@ -61,9 +61,7 @@ class Run:
         """
         begin = time.monotonic()
         recipe = self.system.recipe
-        self._trainer = SyntheticTrainer(
-            self.settings.task, self.model, recipe, seed=self.seed, device=self.device
-        )
+        self._trainer = SyntheticTrainer(self.settings.task, self.model, recipe, seed=self.seed, device=self.device)
         if self.path.exists():
             about = self._trainer.load(self.path)
             if about["settings"] != self._description():
@@ -100,10 +98,10 @@ class Run:
         return self._test(should_stop, tell)
 
     def _test(self, should_stop: Callable[[], bool], tell: Callable[[Point | None, dict[str, float]], Any]) -> bool:
-        for length in self.settings.lengths_of(self.system):
-            if str(length) in self.accuracy:
-                continue
-            if should_stop():
+        left = [length for length in self.settings.lengths_of(self.system) if str(length) not in self.accuracy]
+        for index, length in enumerate(left):
+            # After the first: however short the pieces are, each gets on.
+            if index and should_stop():
                 return False
             begin = time.monotonic()
             self.accuracy[str(length)] = accuracy(
@@ -137,6 +135,7 @@ class Run:
     def result(self) -> Result:
         """What came out."""
         machine = diagnostics.describe_machine()
+        processor = f"{machine['cpu']}, {machine['threads']} threads"
         settings = self.settings
         return Result(
             experiment=settings.name,
@@ -156,7 +155,7 @@ class Run:
             curve=self.curve,
             train_seconds=round(self.train_seconds, 1),
             test_seconds=round(self.test_seconds, 1),
-            device=machine["gpus"][0] if self.device.type == "cuda" else f"{machine['cpu']}, {machine['threads']} threads",
+            device=machine["gpus"][0] if self.device.type == "cuda" else processor,
             machine=machine,
             versions=diagnostics.versions(),
             commit=diagnostics.commit(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def plot_experiment(results: Sequence[Result], published: Mapping[str, Published
         own = [result for result in results if result.scale == scale]
         figure = _figure(own, published.get(own[0].published))
         path = folder / own[0].experiment / f"{scale}.png"
-        paths.append(write_atomically(path, lambda temporary, f=figure: f.savefig(temporary, format="png", dpi=130)))
+        paths.append(write_atomically(path, functools.partial(figure.savefig, format="png", dpi=130)))
     return paths
 
 

@@ -91,7 +91,7 @@ class SyntheticTrainer:
         self.steps_done = 0
         self._device = device
         self._generator = torch.Generator(device).manual_seed(seed)
-        self._names = {parameter: name for name, parameter in model.named_parameters()}
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         self._optimizer, self._rate = self._new_optimizer()
         self._count = torch.zeros((), device=device)
         # Sums since the last look: loss, right answers, answers.
@@ -157,7 +157,7 @@ class SyntheticTrainer:
         self._sums += torch.stack([loss.detach(), right, asked])
 
     def _capture(self) -> None:
-        graph = torch.cuda.CUDAGraph()
+        graph, random = torch.cuda.CUDAGraph(), self._generator.get_state()
         graph.register_generator_state(self._generator)
         self._optimizer.zero_grad(set_to_none=True)
         try:
@@ -167,6 +167,9 @@ class SyntheticTrainer:
             logger.warning("the step cannot be captured as a CUDA graph, it runs without: %s", error)
             self._captures = False
             self._optimizer.zero_grad(set_to_none=True)
+            # The old one is still the broken graph's.
+            self._generator = torch.Generator(self._device)
+            self._generator.set_state(random)
         else:
             self._graph = graph
 
