@@ -62,8 +62,8 @@ class AssociativeRecall(Task):
 class MultiQueryAssociativeRecall(Task):
     """All pairs first, then every key once more, most of them soon; each asks for its value.
 
-    Query j stands at place ``2 pairs + 2 g_j``, the g_j drawn without replacement with p(g) ~ (g + 1)^(a - 1), a = 0.01.
-    What is no query is random.
+    Query j stands at place ``2 pairs + 2 g_j``, the g_j drawn without replacement with p(g) ~ (g + 1)^(a - 1), where
+    a = 0.01. What is no query is random.
 
     Args:
         length: of the whole sequence, even, at least 4 pairs.

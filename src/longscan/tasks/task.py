@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ class Recipe:
         learning_rate: constant, after ``warmup`` steps of linear rise.
         weight_decay: of AdamW, on matrices.
         clip: largest norm of the gradient; 0 leaves it as it is.
+        precision: "float32", or "bfloat16" (autocast).
     """
 
     d_model: int = 64
@@ -39,6 +40,7 @@ class Recipe:
     weight_decay: float = 0.0
     warmup: int = 0
     clip: float = 1.0
+    precision: Literal["float32", "bfloat16"] = "float32"
 
 
 @dataclasses.dataclass(frozen=True)
