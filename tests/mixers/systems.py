@@ -35,6 +35,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "lstm-projected": ("lstm", {"d_hidden": 5, "bias": False}),
     "dilated-gru": ("dilated_rnn", {"dilations": (1, 2, 4), "cell": "gru"}),
     "dilated-lstm": ("dilated_rnn", {"dilations": (3, 2), "cell": "lstm", "d_hidden": 5}),
+    "lmu": ("lmu", {"order": 4, "theta": 6.0}),
+    "lmu-two-signals": ("lmu", {"order": 3, "theta": 9.0, "d_memory": 2, "d_hidden": 5, "bias": True}),
+    "lmu-parallel": ("lmu", {"order": 4, "theta": 6.0, "d_memory": 2, "parallel": True, "discretisation": "bilinear"}),
+    "hippo": ("hippo", {"order": 4}),
+    "hippo-window": ("hippo", {"order": 4, "measure": "legt", "window": 6.0, "d_hidden": 5, "d_memory": 2}),
+    "lssl": ("lssl", {"d_state": 4}),
+    "lssl-fixed": ("lssl", {"d_state": 3, "fixed": True, "measure": "legt", "discretisation": "gbt", "alpha": 0.7}),
     "dilated-tanh": ("dilated_rnn", {"dilations": (1, 3), "cell": "rnn", "bias": False}),
 }
 

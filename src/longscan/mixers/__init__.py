@@ -9,7 +9,10 @@ import torch
 
 from longscan.mixers.attention import Attention
 from longscan.mixers.dilated_rnn import DilatedRNN
+from longscan.mixers.hippo import HiPPO
 from longscan.mixers.linear_attention import LinearAttention
+from longscan.mixers.lmu import LMU
+from longscan.mixers.lssl import LSSL
 from longscan.mixers.lstm import LSTM
 from longscan.mixers.mamba import Mamba
 from longscan.mixers.retnet import RetNet
@@ -30,6 +33,9 @@ MIXERS: dict[str, type[SequenceMixer]] = {
     "rwkv4": RWKV4,
     "lstm": LSTM,
     "dilated_rnn": DilatedRNN,
+    "lmu": LMU,
+    "hippo": HiPPO,
+    "lssl": LSSL,
 }
 
 
@@ -63,6 +69,8 @@ def make_mixer(
 
 
 __all__ = [
+    "LMU",
+    "LSSL",
     "LSTM",
     "MIXERS",
     "RWKV4",
@@ -70,6 +78,7 @@ __all__ = [
     "S6",
     "Attention",
     "DilatedRNN",
+    "HiPPO",
     "LinearAttention",
     "Mamba",
     "RetNet",

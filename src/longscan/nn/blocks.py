@@ -76,6 +76,7 @@ class BlockShape(SequenceMixer):
             self.d_inner, self.d_inner, d_conv, groups=self.d_inner, bias=conv_bias, device=device, dtype=dtype
         )
         self.inner = inner
+        self.capturable = inner.capturable
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, device=device, dtype=dtype)
 
     @abc.abstractmethod
