@@ -16,6 +16,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba-complex": ("mamba", {"d_state": 4, "a_init": "s4d-lin", "d_conv": 3}),
     "mamba-normed": ("mamba", {"d_state": 4, "selection_norm_eps": 1e-6}),
     "mamba-plain": ("mamba", {"d_state": 1, "d_conv": 1, "expand": 1, "dt_rank": 2, "conv_bias": False, "bias": True}),
+    "mamba2": ("mamba2", {"d_state": 4, "head_dim": 4}),
+    "mamba2-grouped": ("mamba2", {"d_state": 3, "head_dim": 4, "n_groups": 2, "dt_limit": (0.01, 0.5), "bias": True}),
     "s4d": ("s4d", {"d_state": 4}),
     "s4d-legs-bilinear": ("s4d", {"d_state": 6, "a_init": "s4d-legs", "discretisation": "bilinear", "glu": False}),
     "s6": ("s6", {"d_state": 4}),

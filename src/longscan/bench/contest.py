@@ -18,16 +18,19 @@ from longscan.bench.report import Row
 from longscan.bench.timing import Replays, Timing, measure_in_turn, synchronise, timed, timed_with_memory
 from longscan.errors import ArgumentError
 
-#: Whom `--peers` can name: the definition and the plain parallel scan, packages (`longscan.bench.peers`), and what does
-#: something else over the same shape (`longscan.bench.others`, `longscan.bench.models`).
+#: Whom `--peers` can name: the definition, plain PyTorch in chunks or as a parallel scan, packages
+#: (`longscan.bench.peers`), and what does something else over the same shape (`longscan.bench.others`,
+#: `longscan.bench.models`).
 PEERS = (
     "reference",
+    "chunked",
     "unfused",
     "transformers",
     "transformers+longscan",
     "mambapy",
     "llama.cpp",
     "mamba-ssm",
+    "fla",
     "attention",
     "convolution",
     "transformer++",

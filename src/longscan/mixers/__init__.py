@@ -15,6 +15,7 @@ from longscan.mixers.lmu import LMU
 from longscan.mixers.lssl import LSSL
 from longscan.mixers.lstm import LSTM
 from longscan.mixers.mamba import Mamba
+from longscan.mixers.mamba2 import Mamba2
 from longscan.mixers.retnet import RetNet
 from longscan.mixers.rwkv4 import RWKV4
 from longscan.mixers.s4d import S4D
@@ -26,6 +27,7 @@ from longscan.nn.mixer import SequenceMixer
 MIXERS: dict[str, type[SequenceMixer]] = {
     "mamba": Mamba,
     "s6": S6,
+    "mamba2": Mamba2,
     "s4d": S4D,
     "attention": Attention,
     "linear_attention": LinearAttention,
@@ -81,6 +83,7 @@ __all__ = [
     "HiPPO",
     "LinearAttention",
     "Mamba",
+    "Mamba2",
     "RetNet",
     "make_mixer",
 ]

@@ -27,7 +27,7 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "causal_conv1d": ("cpu", "cuda", "triton", "reference"),
     "add_rms_norm": ("cpu", "triton", "reference"),
     "linear_cross_entropy": ("triton", "reference"),
-    "decay_attention": ("chunked", "reference"),
+    "decay_attention": ("triton", "chunked", "reference"),
     "long_conv": ("fft", "reference"),
 }
 
