@@ -27,6 +27,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "s4d-in-h3": ("s4d", {"d_state": 4, "bare": True, "block": "h3"}),
     "s4d-ungated": ("s4d", {"d_state": 4, "bare": True, "block": "ungated", "block_options": {"d_conv": 1}}),
     "attention-in-h3": ("attention", {"n_heads": 2, "block": "h3"}),
+    "s4": ("s4", {"d_state": 4}),
+    "s4-legt-plain": ("s4", {"d_state": 6, "measure": "legt", "glu": False}),
     "attention": ("attention", {"n_heads": 2}),
     "attention-grouped": ("attention", {"n_heads": 4, "n_kv_heads": 2, "bias": True}),
     "linear-attention": ("linear_attention", {"n_heads": 2}),

@@ -18,6 +18,7 @@ from longscan.mixers.mamba import Mamba
 from longscan.mixers.mamba2 import Mamba2
 from longscan.mixers.retnet import RetNet
 from longscan.mixers.rwkv4 import RWKV4
+from longscan.mixers.s4 import S4
 from longscan.mixers.s4d import S4D
 from longscan.mixers.s6 import S6
 from longscan.nn.blocks import BLOCKS
@@ -28,6 +29,7 @@ MIXERS: dict[str, type[SequenceMixer]] = {
     "mamba": Mamba,
     "s6": S6,
     "mamba2": Mamba2,
+    "s4": S4,
     "s4d": S4D,
     "attention": Attention,
     "linear_attention": LinearAttention,
@@ -76,6 +78,7 @@ __all__ = [
     "LSTM",
     "MIXERS",
     "RWKV4",
+    "S4",
     "S4D",
     "S6",
     "Attention",

@@ -28,6 +28,8 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "add_rms_norm": ("cpu", "triton", "reference"),
     "linear_cross_entropy": ("triton", "reference"),
     "decay_attention": ("triton", "chunked", "reference"),
+    "vandermonde": ("chunked", "reference"),
+    "cauchy": ("cpu", "triton", "chunked", "reference"),
     "long_conv": ("fft", "reference"),
 }
 

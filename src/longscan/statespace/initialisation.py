@@ -10,7 +10,7 @@ from torch import Tensor
 from longscan.errors import ArgumentError
 from longscan.statespace.nplr import nplr
 
-KINDS = ("s4d-legs", "s4d-inv", "s4d-lin", "s4d-real")
+KINDS = ("s4d-legs", "s4d-inv", "s4d-lin", "s4d-real", "dss")
 
 
 def diagonal(kind: str, size: int) -> Tensor:
@@ -21,6 +21,7 @@ def diagonal(kind: str, size: int) -> Tensor:
     ``s4d-inv``   -1/2 + i N/pi (N / (2n + 1) - 1), with N = 2 size
     ``s4d-legs``  eigenvalues of the normal part of HiPPO-LegS of order N
     ``s4d-real``  -(n + 1)
+    ``dss``       those of ``s4d-legs``: the same matrix, "skew-HiPPO", without its low-rank part
     ============  ===============================================================
 
     Returns:
@@ -34,7 +35,7 @@ def diagonal(kind: str, size: int) -> Tensor:
     if kind == "s4d-inv":
         order = 2 * size
         return torch.complex(torch.full_like(n, -0.5), order / math.pi * (order / (2 * n + 1) - 1))
-    if kind == "s4d-legs":
+    if kind in ("s4d-legs", "dss"):
         return nplr("legs", 2 * size).w[:size]
     raise ArgumentError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
 
