@@ -9,6 +9,7 @@ import torch
 
 from longscan.mixers.attention import Attention
 from longscan.mixers.dilated_rnn import DilatedRNN
+from longscan.mixers.h3 import H3
 from longscan.mixers.hippo import HiPPO
 from longscan.mixers.linear_attention import LinearAttention
 from longscan.mixers.lmu import LMU
@@ -35,6 +36,7 @@ MIXERS: dict[str, type[SequenceMixer]] = {
     "linear_attention": LinearAttention,
     "retnet": RetNet,
     "rwkv4": RWKV4,
+    "h3": H3,
     "lstm": LSTM,
     "dilated_rnn": DilatedRNN,
     "lmu": LMU,
@@ -73,6 +75,7 @@ def make_mixer(
 
 
 __all__ = [
+    "H3",
     "LMU",
     "LSSL",
     "LSTM",

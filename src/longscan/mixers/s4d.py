@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longscan.errors import ArgumentError
+from longscan.nn.diagonal_ssm import DiagonalSSM
 from longscan.nn.mixer import SequenceMixer, check_batch, keep_float32, no_weight_decay
 from longscan.nn.state import State
-from longscan.ops import long_conv, selective_scan, selective_state_update, vandermonde, vandermonde_transpose
 from longscan.statespace import diagonal, discretise, log_uniform_steps
 from longscan.statespace.discretisation import METHODS
 
@@ -95,21 +95,17 @@ class S4D(SequenceMixer):
             width = 2 * d_model if glu else d_model
             self.out_proj = nn.Linear(d_model, width, bias=bias, device=device, dtype=dtype)
 
-    def system(self) -> tuple[Tensor, Tensor, Tensor]:
-        """log A_bar, B_bar and C of the recurrence, each (d_model, N) complex."""
+    def system(self) -> DiagonalSSM:
+        """log A_bar, B_bar and C of the recurrence, each (d_model, N) complex, and D."""
         A = torch.complex(-torch.exp(self.A_log), self.A_imag)
         log_A_bar, B_bar = discretise(A, torch.exp(self.log_dt)[:, None], self.discretisation)
-        return log_A_bar, B_bar, torch.view_as_complex(self.C)
+        return DiagonalSSM(log_A_bar, B_bar, torch.view_as_complex(self.C), self.D)
 
     def convolution_kernel(self, length: int) -> Tensor:
-        """K of the equations above without the skip D: (d_model, length) float32.
-
-        A Vandermonde product, in memory of order d_model N sqrt(length), not d_model N length.
-        """
+        """K of the equations above without the skip D: (d_model, length) float32."""
         if length < 1:
             raise ArgumentError(f"length must be at least 1, got {length}")
-        log_A_bar, B_bar, C = self.system()
-        return vandermonde(C * B_bar, log_A_bar, length)
+        return self.system().kernel(length)
 
     def forward(
         self, x: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None
@@ -121,42 +117,17 @@ class S4D(SequenceMixer):
             wide = torch.promote_types(x.dtype, self.D.dtype)
             after: Tensor | None
             if cu_seqlens is None:
-                y, after = self._convolve(x.to(wide), before)
+                y, after = self.system().convolve(x.to(wide), before)
             else:
-                y, after = self._scan(x.to(wide), before, cu_seqlens)
+                y, after = self.system().scan(x.to(wide), before, cu_seqlens)
         return self._project(y.to(x.dtype)), None if before is None or after is None else S4DState(after)
-
-    def _convolve(self, u: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """u (batch, length, d_model) by FFT, plus what the state before it still gives out."""
-        length = u.shape[1]
-        log_A_bar, B_bar, C = self.system()
-        y = long_conv(u, vandermonde(C * B_bar, log_A_bar, length), self.D)
-        assert isinstance(y, Tensor)
-        if before is None:
-            return y, None
-        # At step l the old state has decayed by A_bar^(l + 1).
-        y = y + vandermonde(C * torch.exp(log_A_bar) * before, log_A_bar, length).transpose(1, 2)
-        pulled = B_bar * vandermonde_transpose(u.flip(1).transpose(1, 2), log_A_bar)
-        return y, torch.exp(length * log_A_bar) * before + pulled
-
-    def _scan(self, u: Tensor, before: Tensor | None, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-        """u (1, length, d_model), several sequences: the selective scan with a step of 1 and constant B and C."""
-        log_A_bar, B_bar, C = self.system()
-        ones = torch.ones((), dtype=u.dtype, device=u.device).expand_as(u)
-        y, after = selective_scan(
-            u, ones, log_A_bar, B_bar, C, self.D, initial_state=before, cu_seqlens=cu_seqlens, return_final_state=True
-        )
-        return y, after
 
     def step(self, x: Tensor, state: State, *, inplace: bool = False) -> tuple[Tensor, S4DState]:
         self.check_input(x.unsqueeze(1), state, None, S4DState)
         assert isinstance(state, S4DState)
         with torch.autocast(x.device.type, enabled=False):
             u = x.to(torch.promote_types(x.dtype, self.D.dtype))
-            log_A_bar, B_bar, C = (part.expand(u.shape[0], -1, -1) for part in self.system())
-            y, ssm = selective_state_update(
-                state.ssm, u, torch.ones_like(u), log_A_bar[0], B_bar, C, self.D, inplace=inplace
-            )
+            y, ssm = self.system().step(u, state.ssm, inplace=inplace)
         return self._project(y.to(x.dtype)), S4DState(ssm)
 
     def _project(self, y: Tensor) -> Tensor:
