@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from longscan.mixers import MIXERS
+from longscan.mixers import make_mixer
 from longscan.nn import SequenceMixer
 
 D_MODEL = 8
@@ -20,6 +20,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba2-grouped": ("mamba2", {"d_state": 3, "head_dim": 4, "n_groups": 2, "dt_limit": (0.01, 0.5), "bias": True}),
     "s4d": ("s4d", {"d_state": 4}),
     "s4d-legs-bilinear": ("s4d", {"d_state": 6, "a_init": "s4d-legs", "discretisation": "bilinear", "glu": False}),
+    "s6": ("s6", {"d_state": 4}),
+    "s6-in-mamba": ("s6", {"d_state": 4, "block": "mamba", "block_options": {"d_conv": 3, "bias": True}}),
+    "s6-in-h3": ("s6", {"d_state": 4, "block": "h3"}),
+    "s4d-in-mamba": ("s4d", {"d_state": 4, "bare": True, "block": "mamba", "block_options": {"expand": 1}}),
+    "s4d-in-h3": ("s4d", {"d_state": 4, "bare": True, "block": "h3"}),
+    "s4d-ungated": ("s4d", {"d_state": 4, "bare": True, "block": "ungated", "block_options": {"d_conv": 1}}),
+    "s4-in-mamba": ("s4", {"d_state": 4, "bare": True, "block": "mamba", "block_options": {"expand": 1}}),
+    "attention-in-h3": ("attention", {"n_heads": 2, "block": "h3"}),
     "s4": ("s4", {"d_state": 4}),
     "s4-legt-plain": ("s4", {"d_state": 6, "measure": "legt", "glu": False}),
     "attention": ("attention", {"n_heads": 2}),
@@ -52,7 +60,7 @@ def make(variant: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> Seq
     """A mixer with every parameter moved off its initial value, so that none hides behind a zero or a one."""
     name, options = VARIANTS[variant]
     torch.manual_seed(seed)
-    mixer = MIXERS[name](D_MODEL, **options).to(dtype)
+    mixer = make_mixer(name, D_MODEL, **options).to(dtype)
     with torch.no_grad():
         for parameter in mixer.parameters():
             parameter += 0.1 * torch.randn_like(parameter)

@@ -61,6 +61,7 @@ class S4(SequenceMixer):
             ``y_t = sum_l K_l u_{t-l} + K'_l u_{t+l}``. Whole sequences only: there is no state and no step.
         glu: the output projection is gated (twice the width, then a GLU).
         bias: of the output projection.
+        bare: y is the system's output itself, without GELU and projection: for inside a block (longscan.nn.blocks).
 
     Attributes:
         log_dt, A_log, A_imag, P, B, C and D stay float32 when the module is converted to bfloat16 or float16.
@@ -79,6 +80,7 @@ class S4(SequenceMixer):
         bidirectional: bool = False,
         glu: bool = True,
         bias: bool = True,
+        bare: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -106,7 +108,10 @@ class S4(SequenceMixer):
         self.B = system(torch.view_as_real(each(B)))
         self.C = system(torch.randn(1 + bidirectional, d_model, self.num_states, 2) * math.sqrt(0.5))
         self.D = system(torch.randn(d_model))
-        self.out_proj = nn.Linear(d_model, 2 * d_model if glu else d_model, bias=bias, device=device, dtype=dtype)
+        self.out_proj: nn.Linear | None = None
+        if not bare:
+            width = 2 * d_model if glu else d_model
+            self.out_proj = nn.Linear(d_model, width, bias=bias, device=device, dtype=dtype)
 
     def system(self) -> tuple[Tensor, Tensor, Tensor]:
         """Delta w (d_model, N / 2), sqrt(Delta) P (rank, d_model, N / 2) and Delta B (d_model, N / 2), complex."""
@@ -193,6 +198,8 @@ class S4(SequenceMixer):
         return self._project(y.to(x.dtype)), S4State(h)
 
     def _project(self, y: Tensor) -> Tensor:
+        if self.out_proj is None:
+            return y
         y = self.out_proj(F.gelu(y))
         return F.glu(y, dim=-1) if self.glu else y
 

@@ -47,6 +47,7 @@ class S4D(SequenceMixer):
         dt_min, dt_max: steps start log-uniformly between the two.
         glu: the output projection is gated (twice the width, then a GLU).
         bias: of the output projection.
+        bare: y is the system's output itself, without GELU and projection: for inside a block (longscan.nn.blocks).
 
     Attributes:
         log_dt, A_log, A_imag, C and D stay float32 when the module is converted to bfloat16 or float16.
@@ -65,6 +66,7 @@ class S4D(SequenceMixer):
         dt_max: float = 0.1,
         glu: bool = True,
         bias: bool = True,
+        bare: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -88,7 +90,10 @@ class S4D(SequenceMixer):
         # Pairs of real numbers: optimisers and wrappers for distributed training treat them as any other tensor.
         self.C = system(torch.randn(d_model, self.num_states, 2, device=device) * math.sqrt(0.5))
         self.D = system(torch.randn(d_model, device=device))
-        self.out_proj = nn.Linear(d_model, 2 * d_model if glu else d_model, bias=bias, device=device, dtype=dtype)
+        self.out_proj: nn.Linear | None = None
+        if not bare:
+            width = 2 * d_model if glu else d_model
+            self.out_proj = nn.Linear(d_model, width, bias=bias, device=device, dtype=dtype)
 
     def system(self) -> DiagonalSSM:
         """log A_bar, B_bar and C of the recurrence, each (d_model, N) complex, and D."""
@@ -126,6 +131,8 @@ class S4D(SequenceMixer):
         return self._project(y.to(x.dtype)), S4DState(ssm)
 
     def _project(self, y: Tensor) -> Tensor:
+        if self.out_proj is None:
+            return y
         y = self.out_proj(F.gelu(y))
         return F.glu(y, dim=-1) if self.glu else y
 

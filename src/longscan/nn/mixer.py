@@ -124,9 +124,10 @@ class SequenceMixer(nn.Module, abc.ABC):
             raise ArgumentError(f"x is on {x.device} and the {name} on {weight.device}; move one with .to(device)")
         # While torch.export traces, stand-ins of the parameters carry no marks, and so do not say their dtype's role.
         checked = not torch.compiler.is_exporting() and not torch.is_autocast_enabled(x.device.type)
-        if checked and x.dtype != self.activation_dtype():
+        expected = self.activation_dtype()
+        if checked and expected is not None and x.dtype != expected:
             raise ArgumentError(
-                f"x is {x.dtype} and the weights of this {name} are {self.activation_dtype()}; convert x, or the mixer "
+                f"x is {x.dtype} and the weights of this {name} are {expected}; convert x, or the mixer "
                 "with .to(dtype), or run under torch.autocast"
             )
         sequences = x.shape[0]
@@ -144,12 +145,13 @@ class SequenceMixer(nn.Module, abc.ABC):
         if state is not None:
             check_state(name, state, kind, sequences)
 
-    def activation_dtype(self) -> torch.dtype:
-        """The dtype of the weights, and so of the activations outside autocast."""
+    def activation_dtype(self) -> torch.dtype | None:
+        """The dtype of the weights, and so of the activations outside autocast; None if all are kept float32, and
+        activations of any dtype do."""
         for parameter in self.parameters():
             if not getattr(parameter, "_keep_float32", False):
                 return parameter.dtype
-        return torch.float32
+        return None
 
 
 def check_state(name: str, state: Any, kind: type[State], sequences: int) -> None:
