@@ -139,7 +139,7 @@ class SequenceMixer(nn.Module, abc.ABC):
     def activation_dtype(self) -> torch.dtype:
         """The dtype of the weights, and so of the activations outside autocast."""
         for parameter in self.parameters():
-            if not getattr(parameter, "_keep_float32", False):
+            if parameter.is_floating_point() and not getattr(parameter, "_keep_float32", False):
                 return parameter.dtype
         return torch.float32
 
