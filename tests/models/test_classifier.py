@@ -74,17 +74,17 @@ def test_dropout_leaves_out_whole_channels_in_training_only() -> None:
 
 
 def test_learns_which_token_came_first() -> None:
-    # The class is the first of eight tokens: pooling the last place, the mixer has to carry it.
+    # The class is the first of five tokens: pooling the last place, the mixer has to carry it.
     torch.manual_seed(0)
     model = make(vocab_size=3, pooling="last", mixer="lstm", mixer_options={})
     optimizer = torch.optim.Adam(model.parameters(), 0.02)
     for _ in range(150):
-        tokens = torch.randint(3, (64, 8))
+        tokens = torch.randint(3, (64, 5))
         loss = torch.nn.functional.cross_entropy(model(tokens), tokens[:, 0])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    tokens = torch.randint(3, (200, 8))
+    tokens = torch.randint(3, (200, 5))
     assert (model(tokens).argmax(-1) == tokens[:, 0]).float().mean() > 0.9
 
 

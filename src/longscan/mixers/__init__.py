@@ -9,11 +9,17 @@ import torch
 
 from longscan.mixers.attention import Attention
 from longscan.mixers.dilated_rnn import DilatedRNN
+from longscan.mixers.h3 import H3
+from longscan.mixers.hippo import HiPPO
 from longscan.mixers.linear_attention import LinearAttention
+from longscan.mixers.lmu import LMU
+from longscan.mixers.lssl import LSSL
 from longscan.mixers.lstm import LSTM
 from longscan.mixers.mamba import Mamba
+from longscan.mixers.mamba2 import Mamba2
 from longscan.mixers.retnet import RetNet
 from longscan.mixers.rwkv4 import RWKV4
+from longscan.mixers.s4 import S4
 from longscan.mixers.s4d import S4D
 from longscan.mixers.s6 import S6
 from longscan.nn.blocks import BLOCKS
@@ -23,15 +29,20 @@ from longscan.nn.mixer import SequenceMixer
 MIXERS: dict[str, type[SequenceMixer]] = {
     "mamba": Mamba,
     "s6": S6,
+    "mamba2": Mamba2,
+    "s4": S4,
     "s4d": S4D,
     "attention": Attention,
     "linear_attention": LinearAttention,
     "retnet": RetNet,
     "rwkv4": RWKV4,
+    "h3": H3,
     "lstm": LSTM,
     "dilated_rnn": DilatedRNN,
+    "lmu": LMU,
+    "hippo": HiPPO,
+    "lssl": LSSL,
 }
-
 
 
 def make_mixer(
@@ -64,15 +75,21 @@ def make_mixer(
 
 
 __all__ = [
+    "H3",
+    "LMU",
+    "LSSL",
     "LSTM",
     "MIXERS",
     "RWKV4",
+    "S4",
     "S4D",
     "S6",
     "Attention",
     "DilatedRNN",
+    "HiPPO",
     "LinearAttention",
     "Mamba",
+    "Mamba2",
     "RetNet",
     "make_mixer",
 ]

@@ -191,7 +191,7 @@ class Classifier(nn.Module):
                 f"{tuple(lengths.shape)}"
             )
         # On other devices looking at values would wait for them.
-        if lengths.device.type == "cpu" and not (1 <= int(lengths.min()) and int(lengths.max()) <= inputs.shape[1]):
+        if lengths.device.type == "cpu" and not (int(lengths.min()) >= 1 and int(lengths.max()) <= inputs.shape[1]):
             raise ArgumentError(f"lengths must lie in 1 .. {inputs.shape[1]}, got {lengths.tolist()}")
 
     def num_parameters(self) -> int:

@@ -66,9 +66,7 @@ class Residual(nn.Module):
         """The branch, if it is a mixer."""
         return self.branch if isinstance(self.branch, SequenceMixer) else None
 
-    def forward(
-        self, x: Tensor, state: State | None = None, mask: Tensor | None = None
-    ) -> tuple[Tensor, State | None]:
+    def forward(self, x: Tensor, state: State | None = None, mask: Tensor | None = None) -> tuple[Tensor, State | None]:
         """x (batch, length, d_model) to the same shape, and the mixer's state."""
         y = self._norm(x, mask) if self.prenorm else x
         if self.mixer is None:

@@ -1,15 +1,15 @@
 r"""The block shapes around a mixer: of H3, of Mamba, and Mamba's without its gate.
 
-Dao, Fu et al. 2022 (H3, arXiv 2212.14052, figure 1) and Gu and Dao 2023 (Mamba, arXiv 2312.00752, figure 3 and section
+Fu, Dao et al. 2022 (H3, arXiv 2212.14052, figure 1) and Gu and Dao 2023 (Mamba, arXiv 2312.00752, figure 3 and section
 4.6.1). With any inner mixer M of the block's inner width:
 
 .. math::
     \text{h3:} \quad & k, q, v = W_{in} x, \quad o = W_{out}\,(q \odot M(\mathrm{conv}(k) \odot v)) \\
-    \text{mamba:} \quad & u, z = W_{in} x, \quad o = W_{out}\,(M(\mathrm{silu}(\mathrm{conv}(u))) \odot \mathrm{silu}(z)) \\
-    \text{ungated:} \quad & u = W_{in} x, \quad o = W_{out}\, M(\mathrm{silu}(\mathrm{conv}(u)))
+    \text{mamba:} \quad & u, z = W_{in} x, \quad o = W_{out}\,(M(\sigma(\mathrm{conv}(u))) \odot \sigma(z)) \\
+    \text{ungated:} \quad & u = W_{in} x, \quad o = W_{out}\, M(\sigma(\mathrm{conv}(u)))
 
-The convolution is short, causal and of each channel by itself; H3's shift SSM is one. H3's heads are one channel wide,
-so that k v is a product of channels.
+with SiLU for sigma. The convolution is short, causal and of each channel by itself; H3's shift SSM is one. H3's heads
+are one channel wide, so that k v is a product of channels.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ class BlockShape(SequenceMixer):
             self.d_inner, self.d_inner, d_conv, groups=self.d_inner, bias=conv_bias, device=device, dtype=dtype
         )
         self.inner = inner
+        self.capturable = inner.capturable
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, device=device, dtype=dtype)
 
     @abc.abstractmethod
