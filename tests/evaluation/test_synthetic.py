@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from longscan.evaluation import synthetic
+from longscan.evaluation.selection import step_sizes
 from longscan.tasks.associative_recall import MultiQueryAssociativeRecall
 from longscan.tasks.induction_heads import InductionHeads
 from longscan.tasks.selective_copying import SelectiveCopying
@@ -45,3 +46,24 @@ def test_an_untrained_model_guesses_and_long_sequences_are_cut(monkeypatch: pyte
     monkeypatch.setattr(synthetic, "last_scores", lambda *a: calls.append(a[-1]) or original(*a))
     assert synthetic.accuracy(model, task, length=64, sequences=200, seed=3) == whole
     assert calls == [10]
+
+
+def test_step_sizes_are_those_of_the_scan(monkeypatch: pytest.MonkeyPatch) -> None:
+    from longscan.mixers import mamba
+
+    task = SelectiveCopying(length=12, tokens=2)
+    model = task_model(task, ("mamba", "attention", "mamba"), Recipe(d_model=16, n_layer=3), seed=0, device=CPU)
+    tokens, _ = task.sample(2, torch.Generator().manual_seed(0))
+    seen = []
+    scan = mamba.selective_scan
+
+    def watch(u: torch.Tensor, dt: torch.Tensor, *rest: torch.Tensor, **options: object) -> object:
+        seen.append(torch.nn.functional.softplus(dt + rest[5]))
+        return scan(u, dt, *rest, **options)
+
+    monkeypatch.setattr(mamba, "selective_scan", watch)
+    monkeypatch.setattr(mamba.Mamba, "_is_plain", lambda self: False)
+    model(tokens)
+    given = list(seen)
+    for found, wanted in zip(step_sizes(model, tokens), given, strict=True):
+        assert torch.allclose(found, wanted, atol=1e-6)

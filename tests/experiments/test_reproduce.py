@@ -143,3 +143,12 @@ def test_figures_as_one_says_them() -> None:
     assert percent(0.99999) == "99.9+"
     assert percent(0.123) == "12.3"
     assert [duration(s) for s in (5, 600, 9000)] == ["5 s", "10 min", "2.5 h"]
+
+
+def test_selective_copying_shows_what_the_selection_does(options: Options) -> None:
+    text = EXPERIMENT.replace('"induction_heads"', '"selective_copying"').replace(
+        "length = 16, ", "tokens = 2, length = 16, "
+    )
+    (options.experiments / "small_heads.toml").write_text(text)
+    told(options, only="mamba")
+    assert (options.results / "small_heads" / "selection-here.png").stat().st_size > 1000

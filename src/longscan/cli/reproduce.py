@@ -34,6 +34,7 @@ from longscan.experiments import (
 from longscan.experiments.report import duration, percent
 from longscan.nn.storage import write_text
 from longscan.plots.experiments import plot_experiment
+from longscan.plots.selection import plot_selection
 from longscan.training.synthetic import Point
 
 _PUBLISHED = "published.toml"
@@ -97,6 +98,9 @@ def run(options: Options, console: Console | None = None) -> int:
                 console.print("stopped, all is saved; the same command goes on")
                 return 128 + (stop.signal or signal.SIGINT) if stop() else 0
             console.print(f"written: {done.result().save(options.results)}")
+            if settings.task.name == "selective_copying" and system.mixer == "mamba":
+                path = options.results / settings.name / f"selection-{settings.scale}.png"
+                console.print(f"written: {plot_selection(done.model, settings.task, path)}")
     results = read_results(options.results, settings.name)
     console.print(_table(settings, results, published.get(settings.published)))
     for path in plot_experiment(results, published, options.results):

@@ -15,6 +15,7 @@ from longscan.errors import CheckpointError
 from longscan.evaluation.synthetic import accuracy
 from longscan.experiments.results import Result
 from longscan.experiments.settings import Settings, System
+from longscan.tasks.task import Recipe
 from longscan.training.synthetic import Point, SyntheticTrainer, task_model
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -64,6 +65,9 @@ class Run:
         self._trainer = SyntheticTrainer(self.settings.task, self.model, recipe, seed=self.seed, device=self.device)
         if self.path.exists():
             about = self._trainer.load(self.path)
+            # What the version that wrote it did not know is at its default.
+            about["settings"]["recipe"] = dataclasses.asdict(Recipe()) | about["settings"]["recipe"]
+            del about["settings"]["recipe"]["steps"]
             if about["settings"] != self._description():
                 raise CheckpointError(
                     f"{self.path} was made with other settings: {about['settings']}; here {self._description()}. "
@@ -114,7 +118,7 @@ class Run:
 
     def _description(self) -> dict[str, Any]:
         recipe = dataclasses.asdict(self.system.recipe)
-        del recipe["steps"]  # a longer training goes on
+        del recipe["steps"]  # a training that is to be longer goes on
         return {"task": self._task(), "mixer": _plain(self.system.mixer), "recipe": recipe, "seed": self.seed}
 
     def _task(self) -> dict[str, Any]:

@@ -22,7 +22,8 @@ class Recipe:
     """A small model and how it is trained.
 
     Args:
-        d_model, n_layer, d_intermediate, mixer_options: of the model, see :class:`longscan.LanguageModelConfig`.
+        d_model, n_layer, d_intermediate, mixer_options, block, block_options: of the model, see
+            :class:`longscan.LanguageModelConfig`.
         steps, batch_size: of training; every batch is drawn afresh.
         learning_rate: constant, after ``warmup`` steps of linear rise.
         weight_decay: of AdamW, on matrices.
@@ -34,6 +35,8 @@ class Recipe:
     n_layer: int = 2
     d_intermediate: int = 0
     mixer_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    block: str = "plain"
+    block_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     steps: int = 1000
     batch_size: int = 32
     learning_rate: float = 1e-3

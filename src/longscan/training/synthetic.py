@@ -29,7 +29,9 @@ _BETAS = (0.9, 0.999)
 _WARM_UP = 3
 
 
-def task_model(task: Task, mixer: str | tuple[str, ...], recipe: Recipe, *, seed: int, device: torch.device) -> Any:
+def task_model(
+    task: Task, mixer: str | tuple[str, ...], recipe: Recipe, *, seed: int, device: torch.device
+) -> LanguageModel:
     """A :class:`longscan.LanguageModel` over the task's vocabulary, as the recipe says, initialised from ``seed``.
 
     Raises:
@@ -42,6 +44,8 @@ def task_model(task: Task, mixer: str | tuple[str, ...], recipe: Recipe, *, seed
         vocab_size=task.vocabulary,
         mixer=mixer,
         mixer_options=recipe.mixer_options,
+        block=recipe.block,
+        block_options=recipe.block_options,
     )
     random = torch.get_rng_state()
     torch.manual_seed(seed)
