@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -87,7 +88,7 @@ class _Line:
             first, memory = timed_with_memory(call, settings.device)
             budget = settings.budget or _BUDGET.get(settings.device, 1.0)
             timing = measure(call, settings.device, repeats=settings.repeats, budget=budget, first=first)
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, ValueError) as error:
             self._seconds[phase].append((shape[1], float("inf")))
             return Row(**about, note=failure(error))
         self._seconds[phase].append((shape[1], timing.median))
@@ -107,7 +108,10 @@ class _Line:
     def _prepare(self, shape: tuple[int, ...], phase: str) -> Callable[[], object]:
         settings = self._settings
         torch.manual_seed(settings.seed)
-        mixer: SequenceMixer = MIXERS[self._name](shape[2]).to(settings.device, DTYPES[self._dtype])
+        kind = MIXERS[self._name]
+        # Where a mixer has to know how long sequences may get.
+        options = {"max_length": shape[1]} if "max_length" in inspect.signature(kind.__init__).parameters else {}
+        mixer: SequenceMixer = kind(shape[2], **options).to(settings.device, DTYPES[self._dtype])
         generator = torch.Generator().manual_seed(settings.seed)
         x = torch.randn(shape, generator=generator).to(settings.device, DTYPES[self._dtype])
         if phase == "forward":
