@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -57,8 +58,9 @@ class _Line:
 
     def __init__(self, name: str, dtype: str, settings: Settings) -> None:
         self._name, self._dtype, self._settings = name, dtype, settings
-        #: Of each phase: the lengths and the seconds of a pass so far.
+        #: Of each phase: the lengths and the seconds of a pass so far, and whether it has failed.
         self._seconds: dict[str, list[tuple[int, float]]] = {phase: [] for phase in _PHASES}
+        self._failed: set[str] = set()
 
     def measure(self, shapes: tuple[tuple[int, ...], ...]) -> list[Row]:
         rows = []
@@ -77,33 +79,33 @@ class _Line:
             "series": f"{phase} {self._dtype}",
             "place": shape[1],
         }
+        if phase in self._failed:
+            return Row(**about, note="skipped: fails at a shorter length")
         predicted = self._predict(shape[1], phase)
         if predicted > _LONGEST_PASS.get(settings.device, 5.0):
-            self._seconds[phase].append((shape[1], predicted))
             return Row(**about, note=f"skipped: about {predicted:.0f} s a pass")
         try:
             call = self._prepare(shape, phase)
-            if not self._seconds[phase]:
-                call()  # compiles
+            call()  # compiles, some libraries anew for each length
             first, memory = timed_with_memory(call, settings.device)
             budget = settings.budget or _BUDGET.get(settings.device, 1.0)
             timing = measure(call, settings.device, repeats=settings.repeats, budget=budget, first=first)
         except (RuntimeError, MemoryError, ValueError) as error:
-            self._seconds[phase].append((shape[1], float("inf")))
+            self._failed.add(phase)
             return Row(**about, note=failure(error))
         self._seconds[phase].append((shape[1], timing.median))
         return Row(**about, timing=timing, value=1e3 * timing.median, memory=memory)
 
     def _predict(self, length: int, phase: str) -> float:
-        """Seconds of a pass: the last one's, and at least in proportion to the length; 0 where there was none."""
+        """Seconds of a pass, from the last two: in proportion to the length at least, to its square at most."""
         known = self._seconds[phase]
         if not known:
             return 0.0
-        before, seconds = known[-1]
-        growth = 1.0
-        if len(known) > 1 and known[-2][1] < float("inf"):
-            growth = max(1.0, (seconds / known[-2][1]) / (before / known[-2][0]))
-        return seconds * growth * length / before
+        (before, seconds), ratio, growth = known[-1], length / known[-1][0], 1.0
+        if len(known) > 1:
+            earlier, fewer = known[-2]
+            growth = math.log(seconds / fewer) / math.log(before / earlier)
+        return seconds * ratio ** min(max(growth, 1.0), 2.0)
 
     def _prepare(self, shape: tuple[int, ...], phase: str) -> Callable[[], object]:
         settings = self._settings
