@@ -24,6 +24,7 @@ from longscan.ops.add_rms_norm import add_rms_norm
 from longscan.ops.causal_conv1d import causal_conv1d
 from longscan.ops.decay_attention import decay_attention
 from longscan.ops.linear_cross_entropy import linear_cross_entropy
+from longscan.ops.linear_scan import linear_scan
 from longscan.ops.selective_scan import selective_scan
 
 #: Largest error against float64 that passes, relative to the largest value of each output. Float32 and the shared
@@ -189,6 +190,10 @@ def _probe_decay(case: Any, inputs: dict[str, Any], name: str) -> tuple[Tensor, 
     return tuple(decay_attention(**inputs, normalise=case.normalise, return_final_state=True, backend=name))
 
 
+def _probe_linear(case: Any, inputs: dict[str, Any], name: str) -> tuple[Tensor, ...]:
+    return tuple(linear_scan(**inputs, return_final_state=True, backend=name))
+
+
 # How to call each operator on one of its cases; one entry per key of `backends.OPERATORS`.
 _PROBES: dict[str, Callable[[Any, dict[str, Any], str], tuple[Tensor, ...]]] = {
     "selective_scan": _probe_scan,
@@ -196,6 +201,7 @@ _PROBES: dict[str, Callable[[Any, dict[str, Any], str], tuple[Tensor, ...]]] = {
     "add_rms_norm": _probe_norm,
     "linear_cross_entropy": _probe_loss,
     "decay_attention": _probe_decay,
+    "linear_scan": _probe_linear,
 }
 
 

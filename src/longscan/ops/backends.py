@@ -28,6 +28,7 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "add_rms_norm": ("cpu", "triton", "reference"),
     "linear_cross_entropy": ("triton", "reference"),
     "decay_attention": ("chunked", "reference"),
+    "linear_scan": ("cpu", "triton", "chunked", "reference"),
 }
 
 #: Every name that `backend=`, `with backend(...)` and LONGSCAN_BACKEND take.
