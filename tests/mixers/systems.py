@@ -18,6 +18,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba-plain": ("mamba", {"d_state": 1, "d_conv": 1, "expand": 1, "dt_rank": 2, "conv_bias": False, "bias": True}),
     "s4d": ("s4d", {"d_state": 4}),
     "s4d-legs-bilinear": ("s4d", {"d_state": 6, "a_init": "s4d-legs", "discretisation": "bilinear", "glu": False}),
+    "s5": ("s5", {"d_state": 8, "blocks": 2}),
+    "s5-bilinear": ("s5", {"d_state": 4, "discretisation": "bilinear", "glu": "full"}),
     "attention": ("attention", {"n_heads": 2}),
     "attention-grouped": ("attention", {"n_heads": 4, "n_kv_heads": 2, "bias": True}),
     "linear-attention": ("linear_attention", {"n_heads": 2}),
@@ -28,6 +30,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "lstm-projected": ("lstm", {"d_hidden": 5, "bias": False}),
     "dilated-gru": ("dilated_rnn", {"dilations": (1, 2, 4), "cell": "gru"}),
     "dilated-lstm": ("dilated_rnn", {"dilations": (3, 2), "cell": "lstm", "d_hidden": 5}),
+    "lmu": ("lmu", {"order": 3, "theta": 9.0, "d_memory": 2, "d_hidden": 5, "bias": True}),
+    "lmu-parallel": ("lmu", {"order": 4, "theta": 6.0, "d_memory": 2, "parallel": True, "discretisation": "bilinear"}),
+    "hippo": ("hippo", {"order": 4}),
+    "hippo-window": ("hippo", {"order": 4, "measure": "legt", "window": 6.0, "d_hidden": 5, "d_memory": 2}),
+    "lssl": ("lssl", {"d_state": 4}),
+    "lssl-fixed": ("lssl", {"d_state": 3, "fixed": True, "measure": "legt", "discretisation": "gbt", "alpha": 0.7}),
     "dilated-tanh": ("dilated_rnn", {"dilations": (1, 3), "cell": "rnn", "bias": False}),
 }
 

@@ -14,6 +14,7 @@ COMMANDS = {
     "evaluate": "held-out bits per byte, or benchmarks:  longscan evaluate runs/NAME [--tasks hellaswag,piqa]",
     "export": "write its graph, for ONNX or torch.export:  longscan export runs/NAME --format onnx",
     "bench": "measure speed here, beside the peers that are installed:  longscan bench scan",
+    "plot": "draw what memories are made of:  longscan plot statespace",
     "doctor": "say which backend serves what on this machine, and test each",
 }
 

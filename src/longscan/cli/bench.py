@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -66,6 +68,10 @@ class Options:
     """Seconds after which a contender's next pass is not started; one slower than this is timed once. By default 10,
     less where there are many settings."""
 
+    minutes: float | None = None
+    """Minutes after which no further contender is begun; what is left says so, and what was measured is kept. By
+    default all are measured."""
+
     output: Path | None = None
     """The JSON file to write, with a figure beside it (.png). By default runs/bench/WHAT-DEVICE.json."""
 
@@ -78,6 +84,8 @@ def run(options: Options, console: Console | None = None) -> int:
         raise ArgumentError(f"device: PyTorch has no {device!r} here, only {[d.type for d in diagnostics.devices()]}")
     if options.threads is not None and options.threads < 1:
         raise ArgumentError(f"threads: got {options.threads}, expected at least 1")
+    if options.minutes is not None and not options.minutes > 0:
+        raise ArgumentError(f"minutes: got {options.minutes}, expected more than 0")
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads or diagnostics.usable_cores())
     try:
@@ -90,6 +98,7 @@ def run(options: Options, console: Console | None = None) -> int:
                 peers=() if options.alone else options.peers,
                 repeats=options.repeats,
                 budget=options.budget,
+                deadline=math.inf if options.minutes is None else time.monotonic() + 60 * options.minutes,
                 progress=lambda message: status.update(escape(message)),
             )
             report: Report = importlib.import_module(f"longscan.bench.{options.what}").run(settings)

@@ -114,6 +114,11 @@ class Backbone(nn.Module):
                 if isinstance(module, nn.Linear) and module.bias is not None and not hasattr(module.bias, "_no_reinit"):
                     nn.init.zeros_(module.bias)
 
+    @property
+    def capturable(self) -> bool:
+        """Whether CUDA graphs can capture every mixer."""
+        return all(block.mixer.capturable for block in self.blocks)
+
     def initial_state(self, batch: int, dtype: torch.dtype | None = None) -> ModelState:
         """The state before the first token."""
         check_batch(batch)

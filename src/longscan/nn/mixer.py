@@ -5,13 +5,15 @@ from __future__ import annotations
 import abc
 import copy
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from longscan.errors import ArgumentError
 from longscan.nn.state import State
+
+T = TypeVar("T", bound=Tensor)
 
 # What parameters are marked with.
 _MARKS = ("_keep_float32", "_no_weight_decay", "_no_reinit")
@@ -29,6 +31,9 @@ class SequenceMixer(nn.Module, abc.ABC):
 
     #: Whether the mixer is one fixed convolution, so that :meth:`convolution_kernel` exists.
     time_invariant: ClassVar[bool] = False
+
+    #: Whether CUDA graphs can capture it: no call waits for the GPU.
+    capturable: bool = True
 
     @abc.abstractmethod
     def forward(
@@ -96,8 +101,11 @@ class SequenceMixer(nn.Module, abc.ABC):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SequenceMixer:
         def apply(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            if getattr(tensor, "_keep_float32", False) and moved.dtype in (torch.bfloat16, torch.float16):
-                return tensor.to(device=moved.device, dtype=torch.float32)
+            if getattr(tensor, "_keep_float32", False):
+                if moved.dtype in (torch.bfloat16, torch.float16):
+                    moved = tensor.to(device=moved.device, dtype=torch.float32)
+                # A buffer is replaced by what is returned here, where a parameter stays the same object.
+                moved._keep_float32 = True  # type: ignore[attr-defined]
             return moved
 
         return super()._apply(apply, recurse)
@@ -160,10 +168,10 @@ def check_batch(batch: int) -> None:
         raise ArgumentError(f"batch must be an integer of at least 1, got {batch!r}")
 
 
-def keep_float32(parameter: nn.Parameter) -> nn.Parameter:
-    """Mark a parameter that stays float32 when its module is converted to bfloat16 or float16."""
-    parameter._keep_float32 = True  # type: ignore[attr-defined]
-    return parameter
+def keep_float32(tensor: T) -> T:
+    """Mark a parameter or buffer that stays float32 when its module is converted to bfloat16 or float16."""
+    tensor._keep_float32 = True  # type: ignore[attr-defined]
+    return tensor
 
 
 def no_weight_decay(parameter: nn.Parameter) -> nn.Parameter:

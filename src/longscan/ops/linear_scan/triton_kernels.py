@@ -1,9 +1,9 @@
 """Kernels of the Triton linear scan.
 
 A program owns a block of channels of one piece and takes it in tiles of steps, each scanned by the associative product
-(a, b) (a', b') = (a' a, a' b + b'). Steps are counted along the walk: forward from a sequence's first, backward (REVERSE)
-from its last. Backward the decay of a step is that of the step after it, conjugated, and of the last step 1. With PAIRS
-a number is complex, two neighbours in memory; without, imaginary parts are zeros that nothing reads.
+(a, b) (a', b') = (a' a, a' b + b'). Steps are counted along the walk: forward from a sequence's first, backward
+(REVERSE) from its last. Backward the decay of a step is that of the step after it, conjugated, and of the last step 1.
+With PAIRS a number is complex, two neighbours in memory; without, imaginary parts are numbers that nothing reads.
 """
 
 # Triton's kernels take pointers and compile-time constants that Python's types do not describe.
@@ -100,8 +100,8 @@ def _tile(a, b, step, end, count, live, a_time, b_time, PAIRS: tl.constexpr, REV
 
 @triton.jit
 def summary_kernel(
-    a, b, products, ends, offsets, a_row, a_time, a_channel, b_row, b_time, b_channel, sequences, length, channels, size,
-    PACKED: tl.constexpr, PAIRS: tl.constexpr, REVERSE: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    a, b, products, ends, offsets, a_row, a_time, a_channel, b_row, b_time, b_channel, sequences, length, channels,
+    size, PACKED: tl.constexpr, PAIRS: tl.constexpr, REVERSE: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Each piece's product of decays, and its end from zero: (pieces, channels)."""
     piece, sequence, first, count, start, d = _locate(offsets, sequences, length, channels, size, PACKED, BLOCK)
