@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,10 +39,16 @@ PEERS = (
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+#: Int8 weights with float32 activations: what some benchmarks measure beside dtypes.
+INT8 = "int8"
+
 #: Largest relative difference (root mean square) from the definition with which a contender's time still counts. What
 #: half precision rounds away adds up over the layers of a model.
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
+
+#: The note of a row that the deadline left without a figure.
+OUT_OF_TIME = "not run: out of time"
 
 #: Seconds for each contender in a setting, where neither the user nor the benchmark says otherwise.
 DEFAULT_BUDGET = 10.0
@@ -52,7 +59,7 @@ class Settings:
     """What every benchmark is told. `shapes`, `dtypes`, `peers` and `budget` of None mean its own defaults.
 
     `sizes` are names of `longscan.bench.models.SIZES`, for the benchmarks of whole models: their default shapes with
-    the layers and the width of those.
+    the layers and the width of those. `deadline` is a reading of `time.monotonic` after which no contender is begun.
     """
 
     device: str = "cpu"
@@ -63,6 +70,7 @@ class Settings:
     repeats: int = 20
     budget: float | None = None
     seed: int = 0
+    deadline: float = math.inf
     progress: Callable[[str], None] = lambda message: None
 
     def __post_init__(self) -> None:
@@ -70,10 +78,14 @@ class Settings:
             if name not in PEERS:
                 raise ArgumentError(f"peers: got {name!r}; allowed are {', '.join(PEERS)}")
         for name in self.dtypes or ():
-            if name not in DTYPES:
-                raise ArgumentError(f"dtype: got {name!r}; allowed are {', '.join(DTYPES)}")
+            if name not in (*DTYPES, INT8):
+                raise ArgumentError(f"dtype: got {name!r}; allowed are {', '.join((*DTYPES, INT8))}")
         if self.repeats < 1:
             raise ArgumentError(f"repeats: got {self.repeats}, expected at least 1")
+
+    def late(self) -> bool:
+        """Whether the deadline has passed."""
+        return time.monotonic() > self.deadline
 
     def shapes_of(self, names: str, *defaults: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
         """The shapes asked for, else `defaults`; `names` is what their axes mean, such as "batch,length,channels"."""
@@ -85,7 +97,9 @@ class Settings:
         return self.shapes or defaults
 
     def dtypes_of(self, *defaults: str) -> tuple[str, ...]:
-        """The names of dtypes asked for, else `defaults`."""
+        """The names of dtypes asked for, else `defaults`; int8 only where it is one of these."""
+        if INT8 in (self.dtypes or ()) and INT8 not in defaults:
+            raise ArgumentError("dtype: int8 weights are measured by decode, on the CPU")
         return self.dtypes or defaults
 
     def peers_of(self, *possible: str, slow_on_gpu: Sequence[str] = (), on_request: Sequence[str] = ()) -> list[str]:
@@ -173,8 +187,9 @@ def compare(
     rows: dict[str, Row] = {}
     ready: list[_Ready] = []
     for contender in contenders:
-        if contender.skip:
-            rows[contender.name] = Row(group, contender.name, contender.kind, note=contender.skip)
+        skip = contender.skip or (OUT_OF_TIME if settings.late() else "")
+        if skip:
+            rows[contender.name] = Row(group, contender.name, contender.kind, note=skip)
             continue
         settings.progress(f"{group}: {contender.name}")
         contender = replace(contender, moved=moved if contender.moved is None else contender.moved)

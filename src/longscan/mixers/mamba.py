@@ -252,6 +252,17 @@ class Mamba(SequenceMixer):
             B, C = self._as_complex(B), self._as_complex(C)
         return dt, B, C, dt_bias
 
+    @torch.no_grad()
+    def step_sizes(self, x: Tensor) -> Tensor:
+        """How far each channel lets each token move its state: dt, from x (batch, length, d_model) to (..., d_inner).
+
+        Small: the token is passed over; large: the state forgets the past for it (Gu and Dao 2023, section 3.5.2).
+        """
+        u, _ = self.in_proj(x).chunk(2, dim=-1)
+        u, _ = causal_conv1d(u, *self._filter(), activation="silu", return_final_state=True)
+        dt, _, _, bias = self._select(u)
+        return F.softplus(dt.float() if bias is None else dt.float() + bias.float())
+
     def _as_complex(self, pairs: Tensor) -> Tensor:
         wide = torch.promote_types(pairs.dtype, torch.float32)
         return torch.complex(*pairs.to(wide).unflatten(-1, (self.num_states, 2)).unbind(-1))
@@ -264,7 +275,7 @@ class Mamba(SequenceMixer):
         wide = torch.promote_types(self.A_log.dtype, torch.complex64) if self.is_complex else self.A_log.dtype
         return MambaState(
             conv=torch.zeros(
-                batch, self.d_conv - 1, self.d_inner, device=device, dtype=dtype or self.in_proj.weight.dtype
+                batch, self.d_conv - 1, self.d_inner, device=device, dtype=dtype or self.conv1d.weight.dtype
             ),
             ssm=torch.zeros(batch, self.d_inner, self.num_states, device=device, dtype=wide),
         )
