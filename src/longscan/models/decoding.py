@@ -193,5 +193,7 @@ def _matrix(layer: nn.Module) -> Any:
 
 def _check_plain(*modules: nn.Module) -> None:
     for module in modules:
-        if not is_plain(module, nn.Linear, StepProjection, nn.Conv1d, nn.Embedding, AddRMSNorm, Int8Linear, Int8Embedding):
+        if not is_plain(
+            module, nn.Linear, StepProjection, nn.Conv1d, nn.Embedding, AddRMSNorm, Int8Linear, Int8Embedding
+        ):
             raise BackendError(f"the compiled step reads plain weights, this is more than that: {module}")

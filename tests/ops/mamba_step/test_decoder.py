@@ -139,9 +139,7 @@ class Model:
             hidden, stream, state = self.layer(w, hidden, stream, (conv.double(), ssm.double()))
             after.append(state)
         head = self.embedding if self.head is None else self.head
-        return F.linear(
-            rms_norm(stream + hidden, self.norm, self.case.eps), exact(head), double(self.head_bias)
-        ), after
+        return F.linear(rms_norm(stream + hidden, self.norm, self.case.eps), exact(head), double(self.head_bias)), after
 
 
 def exact(matrix: Matrix) -> Tensor:

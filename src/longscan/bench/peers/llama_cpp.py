@@ -14,7 +14,6 @@ from torch import Tensor
 from longscan.mixers import Mamba
 from longscan.models import Block, LanguageModel
 
-
 _QUANTISED = ("token_embd.weight", "ssm_in.weight", "ssm_x.weight", "ssm_out.weight")
 
 
