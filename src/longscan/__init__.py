@@ -7,7 +7,19 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from longscan.mixers import LSTM, RWKV4, S4D, Attention, DilatedRNN, LinearAttention, Mamba, RetNet
+    from longscan.mixers import (
+        LMU,
+        LSSL,
+        LSTM,
+        RWKV4,
+        S4D,
+        Attention,
+        DilatedRNN,
+        HiPPO,
+        LinearAttention,
+        Mamba,
+        RetNet,
+    )
     from longscan.models import LanguageModel, LanguageModelConfig
     from longscan.nn import SequenceMixer, State
     from longscan.ops import causal_conv1d, selective_scan, selective_state_update
@@ -16,9 +28,12 @@ __version__ = "0.1.0"
 
 # Name -> module. Imported when first used, so that `import longscan` costs nothing beyond torch.
 _EXPORTS = {
+    "LMU": "longscan.mixers",
+    "LSSL": "longscan.mixers",
     "LSTM": "longscan.mixers",
     "Attention": "longscan.mixers",
     "DilatedRNN": "longscan.mixers",
+    "HiPPO": "longscan.mixers",
     "LanguageModel": "longscan.models",
     "LanguageModelConfig": "longscan.models",
     "LinearAttention": "longscan.mixers",
@@ -34,11 +49,14 @@ _EXPORTS = {
 }
 
 __all__ = [
+    "LMU",
+    "LSSL",
     "LSTM",
     "RWKV4",
     "S4D",
     "Attention",
     "DilatedRNN",
+    "HiPPO",
     "LanguageModel",
     "LanguageModelConfig",
     "LinearAttention",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from longscan.bench import Row, Settings, Timing
-from longscan.bench.contest import Call, Contender, beside, compare, floor, relative_error
+from longscan.bench.contest import OUT_OF_TIME, Call, Contender, beside, compare, floor, relative_error
 from longscan.errors import ArgumentError
 
 TRUTH = (torch.tensor([1.0, 2.0]),)
@@ -121,6 +122,13 @@ def test_who_is_skipped_is_not_built() -> None:
     skipped = Contender("a", "other", fails_with(AssertionError("never built")), skip="skipped: about 9 s a pass")
     (row,) = compare("g", [skipped], TRUTH, QUICK, dtype=torch.float32, to_value=float)
     assert row.note == "skipped: about 9 s a pass"
+
+
+def test_nobody_begins_after_the_deadline() -> None:
+    settings = dataclasses.replace(QUICK, deadline=time.monotonic() - 1)
+    contenders = [Contender("a", "ours", gives(1, 2)), Contender("b", "other", lambda: pytest.fail("built"))]
+    rows = compare("g", contenders, TRUTH, settings, dtype=torch.float32, to_value=float)
+    assert [(row.value, row.note) for row in rows] == [(None, OUT_OF_TIME)] * 2
 
 
 def test_the_slowest_floor_binds() -> None:

@@ -15,16 +15,27 @@ from longscan.mixers import S4D
 def test_kernel_is_its_definition(discretisation: str, length: int) -> None:
     torch.manual_seed(0)
     mixer = S4D(3, d_state=6, discretisation=discretisation).double()
-    log_A_bar, B_bar, C = mixer.system()
+    log_A_bar, B_bar, C, _ = mixer.system()
     powers = log_A_bar.exp()[..., None] ** torch.arange(length)
     expected = 2 * (C[..., None] * B_bar[..., None] * powers).sum(1).real
     torch.testing.assert_close(mixer.convolution_kernel(length), expected, rtol=1e-9, atol=1e-10)
 
 
+def test_dss_exp_is_one_of_its_settings() -> None:
+    """Gupta, Gu and Berant 2022 (arXiv 2203.14343), proposition 1 (a): K_l = Re sum_n W_n (e^(dt a) - 1) / a e^(l dt a)."""
+    torch.manual_seed(0)
+    mixer = S4D(3, d_state=8, a_init="dss").double()
+    A, dt = torch.complex(-mixer.A_log.exp(), mixer.A_imag)[..., None], mixer.log_dt.exp()[:, None, None]
+    W = 2 * torch.view_as_complex(mixer.C)[..., None]
+    expected = (W * (torch.exp(dt * A) - 1) / A * torch.exp(torch.arange(20) * dt * A)).sum(1).real
+    torch.testing.assert_close(mixer.convolution_kernel(20), expected, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(mixer.A_log[0].exp(), torch.full((4,), 0.5, dtype=torch.float64), rtol=1e-6, atol=0)
+
+
 def test_discretisation_is_the_published_one() -> None:
     mixer = S4D(3, d_state=6).double()
     A, dt = torch.complex(-mixer.A_log.exp(), mixer.A_imag), mixer.log_dt.exp()[:, None]
-    log_A_bar, B_bar, _ = mixer.system()
+    log_A_bar, B_bar, *_ = mixer.system()
     torch.testing.assert_close(log_A_bar.exp(), torch.exp(dt * A))
     torch.testing.assert_close(B_bar, (torch.exp(dt * A) - 1) / A)
 

@@ -20,6 +20,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "tie_embeddings": False,
     },
     "outer-products": {"mixer": ("linear_attention", "retnet", "rwkv4"), "mixer_options": {"retnet": {"n_heads": 2}}},
+    "memories": {"mixer": ("lmu", "hippo", "lssl"), "mixer_options": {"lmu": {"order": 4}, "lssl": {"d_state": 4}}},
     "recurrent": {"mixer": ("lstm", "dilated_rnn"), "mixer_options": {"dilated_rnn": {"dilations": [1, 3]}}},
 }
 

@@ -24,6 +24,17 @@ def test_legs_is_the_diagonal_of_hippos_normal_part() -> None:
     torch.testing.assert_close(diagonal("s4d-legs", order // 2), expected, rtol=1e-9, atol=1e-9)
 
 
+def test_dss_is_the_skew_hippo_matrix() -> None:
+    """Gupta, Gu and Berant 2022 (arXiv 2203.14343), the matrix that DSS's eigenvalues are those of."""
+    order = 6
+    root = torch.sqrt(2 * torch.arange(order, dtype=torch.float64) + 1)
+    outer = root[:, None] * root / 2
+    skew = torch.triu(outer, 1) - torch.tril(outer, -1) - torch.eye(order, dtype=torch.float64) / 2
+    eigenvalues = torch.linalg.eigvals(skew)
+    expected = eigenvalues[eigenvalues.imag > 0]
+    torch.testing.assert_close(diagonal("dss", 3), expected[expected.imag.argsort()], rtol=1e-9, atol=1e-9)
+
+
 def test_the_written_formulas() -> None:
     n = torch.arange(4, dtype=torch.float64)
     half = torch.full((4,), -0.5, dtype=torch.float64)

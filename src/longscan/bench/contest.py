@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,16 +18,19 @@ from longscan.bench.report import Row
 from longscan.bench.timing import Replays, Timing, measure_in_turn, synchronise, timed, timed_with_memory
 from longscan.errors import ArgumentError
 
-#: Whom `--peers` can name: the definition and the plain parallel scan, packages (`longscan.bench.peers`), and what does
-#: something else over the same shape (`longscan.bench.others`, `longscan.bench.models`).
+#: Whom `--peers` can name: the definition, plain PyTorch in chunks or as a parallel scan, packages
+#: (`longscan.bench.peers`), and what does something else over the same shape (`longscan.bench.others`,
+#: `longscan.bench.models`).
 PEERS = (
     "reference",
+    "chunked",
     "unfused",
     "transformers",
     "transformers+longscan",
     "mambapy",
     "llama.cpp",
     "mamba-ssm",
+    "fla",
     "attention",
     "convolution",
     "transformer++",
@@ -43,6 +47,9 @@ INT8 = "int8"
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
 
+#: The note of a row that the deadline left without a figure.
+OUT_OF_TIME = "not run: out of time"
+
 #: Seconds for each contender in a setting, where neither the user nor the benchmark says otherwise.
 DEFAULT_BUDGET = 10.0
 
@@ -52,7 +59,7 @@ class Settings:
     """What every benchmark is told. `shapes`, `dtypes`, `peers` and `budget` of None mean its own defaults.
 
     `sizes` are names of `longscan.bench.models.SIZES`, for the benchmarks of whole models: their default shapes with
-    the layers and the width of those.
+    the layers and the width of those. `deadline` is a reading of `time.monotonic` after which no contender is begun.
     """
 
     device: str = "cpu"
@@ -63,6 +70,7 @@ class Settings:
     repeats: int = 20
     budget: float | None = None
     seed: int = 0
+    deadline: float = math.inf
     progress: Callable[[str], None] = lambda message: None
 
     def __post_init__(self) -> None:
@@ -74,6 +82,10 @@ class Settings:
                 raise ArgumentError(f"dtype: got {name!r}; allowed are {', '.join((*DTYPES, INT8))}")
         if self.repeats < 1:
             raise ArgumentError(f"repeats: got {self.repeats}, expected at least 1")
+
+    def late(self) -> bool:
+        """Whether the deadline has passed."""
+        return time.monotonic() > self.deadline
 
     def shapes_of(self, names: str, *defaults: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
         """The shapes asked for, else `defaults`; `names` is what their axes mean, such as "batch,length,channels"."""
@@ -175,8 +187,9 @@ def compare(
     rows: dict[str, Row] = {}
     ready: list[_Ready] = []
     for contender in contenders:
-        if contender.skip:
-            rows[contender.name] = Row(group, contender.name, contender.kind, note=contender.skip)
+        skip = contender.skip or (OUT_OF_TIME if settings.late() else "")
+        if skip:
+            rows[contender.name] = Row(group, contender.name, contender.kind, note=skip)
             continue
         settings.progress(f"{group}: {contender.name}")
         contender = replace(contender, moved=moved if contender.moved is None else contender.moved)

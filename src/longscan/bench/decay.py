@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,12 +11,15 @@ from torch import Tensor
 
 from longscan.bench import others
 from longscan.bench.contest import DTYPES, Call, Contender, Settings, compare, describe
+from longscan.bench.peers import linear_attention
 from longscan.bench.report import Report, Row
 from longscan.ops import decay_attention
 
 AXES = "batch,length,heads,d_k,d_v"
 
 _DECAYS = ("none", "head", "step")
+
+_PEERS = {"fla": linear_attention.fla, "mamba-ssm": linear_attention.ssd}
 
 _PHASES = ("forward", "forward and backward")
 
@@ -24,7 +28,7 @@ _CHECKED = 256
 
 
 def run(settings: Settings) -> Report:
-    """Milliseconds a pass, beside the definition and causal attention of as many heads times d_v channels."""
+    """Milliseconds a pass; beside it, others' kernels, and causal attention of as many heads times d_v channels."""
     on_cpu = settings.device == "cpu"
     shapes = settings.shapes_of(AXES, *(((4, 1024, 8, 64, 64),) if on_cpu else ((8, 2048, 16, 64, 64),)))
     rows: list[Row] = []
@@ -62,13 +66,19 @@ def _measure(shape: tuple[int, ...], dtype: str, decay: str, settings: Settings)
         contenders = [
             Contender("longscan", "ours", _prepare(inputs, phase, None), check=_prepare(few, phase, None)),
         ]
-        for name in settings.peers_of("reference", "attention", slow_on_gpu=("reference",)):
-            if name == "reference":
+        # On the CPU ours is the one in chunks.
+        backends = ("reference",) if settings.device == "cpu" else ("chunked", "reference")
+        for name in settings.peers_of(*backends, *_PEERS, "attention", slow_on_gpu=("reference",)):
+            if name == "attention":
+                contenders.append(_attention(channels, phase, DTYPES[dtype], settings.device))
+            elif name in _PEERS:
+                contenders.append(
+                    Contender(name, "peer", _prepare_peer(inputs, phase, name), _prepare_peer(few, phase, name, True))
+                )
+            else:
                 contenders.append(
                     Contender(name, "peer", _prepare(inputs, phase, name), check=_prepare(few, phase, name))
                 )
-            else:
-                contenders.append(_attention(channels, phase, DTYPES[dtype], settings.device))
         rows += compare(
             describe(shape, dtype, decay=decay, phase=phase).replace("phase ", ""),
             contenders,
@@ -93,27 +103,43 @@ def _attention(channels: tuple[int, ...], phase: str, dtype: torch.dtype, device
 
 
 def _prepare(inputs: dict[str, Tensor], phase: str, backend: str | None) -> Callable[[], Call]:
-    """The pass that is timed. Forward gives y; with backward it gives the gradients of q, k and v."""
+    """Our pass that is timed. Forward gives y; with backward it gives the gradients of q, k and v."""
+    return lambda: _pass(inputs, phase, partial(decay_attention, backend=backend))
+
+
+def _prepare_peer(inputs: dict[str, Tensor], phase: str, name: str, compared: bool = False) -> Callable[[], Call]:
+    """The same of a peer; where it is `compared`, with the gradient of our v."""
 
     def prepare() -> Call:
-        leaves: dict[str, Any] = {
-            name: tensor.detach().requires_grad_(phase != "forward") for name, tensor in inputs.items()
-        }
+        peer = _PEERS[name](inputs)
+        call = _pass(peer.inputs, phase, peer.call)
+        if not compared or peer.scale is None or phase == "forward":
+            return call
 
-        def forward() -> tuple[Tensor, ...]:
-            with torch.no_grad():
-                y = decay_attention(**leaves, backend=backend)
-            assert isinstance(y, Tensor)
-            return (y,)
+        def scaled() -> tuple[Tensor, ...]:
+            dq, dk, dv = call()
+            return dq, dk, dv / peer.scale
 
-        def both() -> tuple[Tensor, ...]:
-            y = decay_attention(**leaves, backend=backend)
-            assert isinstance(y, Tensor)
-            return torch.autograd.grad(y, list(leaves.values()), torch.ones_like(y))[:3]
-
-        return forward if phase == "forward" else both
+        return scaled
 
     return prepare
+
+
+def _pass(inputs: dict[str, Tensor], phase: str, function: Callable[..., Any]) -> Call:
+    leaves: dict[str, Any] = {
+        name: tensor.detach().requires_grad_(phase != "forward") for name, tensor in inputs.items()
+    }
+
+    def forward() -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            y = function(**leaves)
+        return (y,)
+
+    def both() -> tuple[Tensor, ...]:
+        y = function(**leaves)
+        return torch.autograd.grad(y, list(leaves.values()), torch.ones_like(y))[:3]
+
+    return forward if phase == "forward" else both
 
 
 def _bytes_moved(inputs: dict[str, Tensor], phase: str) -> int:

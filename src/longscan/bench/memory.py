@@ -10,7 +10,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from longscan.bench.contest import Settings, describe, failure, release
+from longscan.bench.contest import OUT_OF_TIME, Settings, describe, failure, release
 from longscan.bench.models import make_model, make_transformer, shapes_of
 from longscan.bench.peers import mamba_ssm
 from longscan.bench.report import Report, Row
@@ -89,6 +89,9 @@ def measure(
             series=f"{size[0]} layers of {size[1]}, {length} tokens, {dtype}",
             place=batch,
         )
+        if settings.late():
+            rows.append(replace(row, note=OUT_OF_TIME))
+            continue
         settings.progress(f"{row.group}: {name}")
         try:
             if trainer is None:

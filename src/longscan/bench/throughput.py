@@ -16,6 +16,7 @@ from longscan import ops
 from longscan.bench import floors
 from longscan.bench.contest import (
     DTYPES,
+    OUT_OF_TIME,
     TOLERANCE,
     Settings,
     describe,
@@ -121,7 +122,9 @@ def _sweep(
             if kind == "ours":
                 bounds[load] = moved / bandwidth
             rows = [Row(group, name, kind, error=error, note=note) for group in groups]
-            if not note or kind == "other":
+            if settings.late():
+                rows = [dataclasses.replace(row, note=OUT_OF_TIME) for row in rows]
+            elif not note or kind == "other":
                 try:
                     rows = _timed(model, build, rows, load, settings)
                 except Exception as broken:

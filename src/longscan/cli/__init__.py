@@ -13,7 +13,10 @@ COMMANDS = {
     "generate": "continue a prompt:  longscan generate runs/NAME --prompt 'def '",
     "evaluate": "held-out bits per byte, or benchmarks:  longscan evaluate runs/NAME [--tasks hellaswag,piqa]",
     "export": "write its graph, for ONNX or torch.export:  longscan export runs/NAME --format onnx",
+    "compare": "train several mixers alike and say what each is good for:  longscan compare --mixers mamba,s4d",
+    "reproduce": "a published result, here:  longscan reproduce induction-heads,  longscan reproduce --list",
     "bench": "measure speed here, beside the peers that are installed:  longscan bench scan",
+    "plot": "draw what memories are made of:  longscan plot statespace",
     "doctor": "say which backend serves what on this machine, and test each",
 }
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -28,18 +30,18 @@ class Options:
     """
 
     what: Annotated[
-        Literal["scan", "block", "train", "prefill", "decode", "lengths", "throughput", "memory", "decay"],
+        Literal["scan", "block", "train", "prefill", "decode", "lengths", "throughput", "memory", "decay", "mixers"],
         tyro.conf.Positional,
     ]
     """The operation: the selective scan, one Mamba block, a training step, a prompt, or one token at a time; the scan
     against attention by length; generation against a Transformer by batch; memory of training by batch (GPU);
-    outer-product recurrences with decay."""
+    outer-product recurrences with decay; every mixer by length."""
 
     shape: tuple[str, ...] = ()
     """Shapes such as 1,2048,1536,16. Axes: scan and lengths batch,length,channels,state; block batch,length,d_model;
     train and memory layers,d_model,vocabulary,batch,length; prefill layers,d_model,vocabulary,tokens; decode
     layers,d_model,vocabulary,batch,tokens; throughput layers,d_model,vocabulary,batch,prompt,tokens; decay
-    batch,length,heads,d_k,d_v."""
+    batch,length,heads,d_k,d_v; mixers batch,length,d_model."""
 
     size: tuple[Literal["130m", "370m", "790m", "1.4b", "2.8b"], ...] = ()
     """Instead of shapes of whole models: their default shapes, at published sizes."""
@@ -67,6 +69,10 @@ class Options:
     """Seconds after which a contender's next pass is not started; one slower than this is timed once. By default 10,
     less where there are many settings."""
 
+    minutes: float | None = None
+    """Minutes after which no further contender is begun; what is left says so, and what was measured is kept. By
+    default all are measured."""
+
     output: Path | None = None
     """The JSON file to write, with a figure beside it (.png). By default runs/bench/WHAT-DEVICE.json."""
 
@@ -79,6 +85,8 @@ def run(options: Options, console: Console | None = None) -> int:
         raise ArgumentError(f"device: PyTorch has no {device!r} here, only {[d.type for d in diagnostics.devices()]}")
     if options.threads is not None and options.threads < 1:
         raise ArgumentError(f"threads: got {options.threads}, expected at least 1")
+    if options.minutes is not None and not options.minutes > 0:
+        raise ArgumentError(f"minutes: got {options.minutes}, expected more than 0")
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads or diagnostics.usable_cores())
     try:
@@ -91,6 +99,7 @@ def run(options: Options, console: Console | None = None) -> int:
                 peers=() if options.alone else options.peers,
                 repeats=options.repeats,
                 budget=options.budget,
+                deadline=math.inf if options.minutes is None else time.monotonic() + 60 * options.minutes,
                 progress=lambda message: status.update(escape(message)),
             )
             report: Report = importlib.import_module(f"longscan.bench.{options.what}").run(settings)

@@ -38,6 +38,10 @@ class ModelOptions:
     """Width of the gated MLP after each mixer; 0: none."""
     mixer_options: Annotated[dict[str, Any], tyro.conf.Suppress] = dataclasses.field(default_factory=dict)
     """Options of the mixer; in a configuration file only."""
+    block: Literal["plain", "h3", "mamba", "ungated"] = "plain"
+    """Shape around each mixer: the block of H3, of Mamba, or Mamba's without its gate; "plain": none."""
+    block_options: Annotated[dict[str, Any], tyro.conf.Suppress] = dataclasses.field(default_factory=dict)
+    """Options of the block's shape; in a configuration file only."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +135,13 @@ def saved_options(folder: Path) -> Options:
     saved = read_run(folder)
     shape = LanguageModelConfig.from_dict(saved["model"])
     model = ModelOptions(
-        shape.d_model, shape.n_layer, shape.mixer_names, shape.d_intermediate, dict(shape.mixer_options)
+        shape.d_model,
+        shape.n_layer,
+        shape.mixer_names,
+        shape.d_intermediate,
+        dict(shape.mixer_options),
+        shape.block,  # type: ignore[arg-type]
+        dict(shape.block_options),
     )
     values = {"text": saved["text"], "training": saved["training"], "device": saved.get("device", "auto")}
     options = merge(Options(model=model), values, str(folder / "config.json"))
@@ -220,6 +230,8 @@ class Job:
             mixer=options.model.mixer if len(options.model.mixer) > 1 else options.model.mixer[0],
             mixer_options=options.model.mixer_options,
             d_intermediate=options.model.d_intermediate,
+            block=options.model.block,
+            block_options=options.model.block_options,
         )
         training = options.training
         torch.manual_seed(training.seed)

@@ -21,10 +21,13 @@ from torch import Tensor
 from longscan.diagnostics.machine import devices
 from longscan.ops import backends, nvrtc
 from longscan.ops.add_rms_norm import add_rms_norm
+from longscan.ops.cauchy import cauchy
 from longscan.ops.causal_conv1d import causal_conv1d
 from longscan.ops.decay_attention import decay_attention
 from longscan.ops.linear_cross_entropy import linear_cross_entropy
+from longscan.ops.long_conv import long_conv
 from longscan.ops.selective_scan import selective_scan
+from longscan.ops.vandermonde import vandermonde, vandermonde_transpose
 
 #: Largest error against float64 that passes, relative to the largest value of each output. Float32 and the shared
 #: sums of these small cases stay two orders of magnitude below it.
@@ -133,8 +136,8 @@ def _widened(tensor: Tensor | None) -> Tensor | None:
 
 def _run(operator: str, case: Any, name: str, inputs: dict[str, Tensor | None]) -> dict[str, Tensor]:
     """Outputs and gradients of one case, by name."""
-    given = [(key, t) for key, t in inputs.items() if t is not None and (t.is_floating_point() or t.is_complex())]
-    leaves = {key: tensor.detach().requires_grad_() for key, tensor in given}
+    given = [(key, inputs.get(key)) for key in _cases(operator).NAMES]
+    leaves = {key: tensor.detach().requires_grad_() for key, tensor in given if tensor is not None}
     outputs = _PROBES[operator](case, {**inputs, **leaves}, name)
     results = {f"output {i}": output for i, output in enumerate(outputs)}
     total = torch.zeros((), device=outputs[0].device)
@@ -189,6 +192,19 @@ def _probe_decay(case: Any, inputs: dict[str, Any], name: str) -> tuple[Tensor, 
     return tuple(decay_attention(**inputs, normalise=case.normalise, return_final_state=True, backend=name))
 
 
+def _probe_vandermonde(case: Any, inputs: dict[str, Any], name: str) -> tuple[Tensor, ...]:
+    kernel = vandermonde(**inputs, length=case.length, backend=name)
+    return kernel, vandermonde_transpose(kernel.detach(), inputs["log_A_bar"], backend=name)
+
+
+def _probe_cauchy(case: Any, inputs: dict[str, Any], name: str) -> tuple[Tensor, ...]:
+    return (cauchy(**inputs, backend=name),)
+
+
+def _probe_long_conv(case: Any, inputs: dict[str, Any], name: str) -> tuple[Tensor, ...]:
+    return tuple(long_conv(**inputs, return_final_state=True, backend=name))
+
+
 # How to call each operator on one of its cases; one entry per key of `backends.OPERATORS`.
 _PROBES: dict[str, Callable[[Any, dict[str, Any], str], tuple[Tensor, ...]]] = {
     "selective_scan": _probe_scan,
@@ -196,6 +212,9 @@ _PROBES: dict[str, Callable[[Any, dict[str, Any], str], tuple[Tensor, ...]]] = {
     "add_rms_norm": _probe_norm,
     "linear_cross_entropy": _probe_loss,
     "decay_attention": _probe_decay,
+    "vandermonde": _probe_vandermonde,
+    "cauchy": _probe_cauchy,
+    "long_conv": _probe_long_conv,
 }
 
 

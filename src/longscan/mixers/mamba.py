@@ -252,6 +252,17 @@ class Mamba(SequenceMixer):
             B, C = self._as_complex(B), self._as_complex(C)
         return dt, B, C, dt_bias
 
+    @torch.no_grad()
+    def step_sizes(self, x: Tensor) -> Tensor:
+        """How far each channel lets each token move its state: dt, from x (batch, length, d_model) to (..., d_inner).
+
+        Small: the token is passed over; large: the state forgets the past for it (Gu and Dao 2023, section 3.5.2).
+        """
+        u, _ = self.in_proj(x).chunk(2, dim=-1)
+        u, _ = causal_conv1d(u, *self._filter(), activation="silu", return_final_state=True)
+        dt, _, _, bias = self._select(u)
+        return F.softplus(dt.float() if bias is None else dt.float() + bias.float())
+
     def _as_complex(self, pairs: Tensor) -> Tensor:
         wide = torch.promote_types(pairs.dtype, torch.float32)
         return torch.complex(*pairs.to(wide).unflatten(-1, (self.num_states, 2)).unbind(-1))

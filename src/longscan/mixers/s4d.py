@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longscan.errors import ArgumentError
+from longscan.nn.diagonal_ssm import DiagonalSSM
 from longscan.nn.mixer import SequenceMixer, check_batch, keep_float32, no_weight_decay
 from longscan.nn.state import State
-from longscan.ops import selective_scan, selective_state_update
 from longscan.statespace import diagonal, discretise, log_uniform_steps
 from longscan.statespace.discretisation import METHODS
 
@@ -42,11 +42,12 @@ class S4D(SequenceMixer):
     Args:
         d_model: width; each channel has a system of its own.
         d_state: real numbers of state per channel, that is ``d_state / 2`` complex states.
-        a_init: "s4d-legs", "s4d-inv", "s4d-lin" or "s4d-real", see :func:`longscan.statespace.diagonal`.
+        a_init: "s4d-legs", "s4d-inv", "s4d-lin", "s4d-real" or "dss", see :func:`longscan.statespace.diagonal`.
         discretisation: "zoh" or "bilinear".
         dt_min, dt_max: steps start log-uniformly between the two.
         glu: the output projection is gated (twice the width, then a GLU).
         bias: of the output projection.
+        bare: y is the system's output itself, without GELU and projection: for inside a block (longscan.nn.blocks).
 
     Attributes:
         log_dt, A_log, A_imag, C and D stay float32 when the module is converted to bfloat16 or float16.
@@ -65,6 +66,7 @@ class S4D(SequenceMixer):
         dt_max: float = 0.1,
         glu: bool = True,
         bias: bool = True,
+        bare: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -88,24 +90,22 @@ class S4D(SequenceMixer):
         # Pairs of real numbers: optimisers and wrappers for distributed training treat them as any other tensor.
         self.C = system(torch.randn(d_model, self.num_states, 2, device=device) * math.sqrt(0.5))
         self.D = system(torch.randn(d_model, device=device))
-        self.out_proj = nn.Linear(d_model, 2 * d_model if glu else d_model, bias=bias, device=device, dtype=dtype)
+        self.out_proj: nn.Linear | None = None
+        if not bare:
+            width = 2 * d_model if glu else d_model
+            self.out_proj = nn.Linear(d_model, width, bias=bias, device=device, dtype=dtype)
 
-    def system(self) -> tuple[Tensor, Tensor, Tensor]:
-        """log A_bar, B_bar and C of the recurrence, each (d_model, N) complex."""
+    def system(self) -> DiagonalSSM:
+        """log A_bar, B_bar and C of the recurrence, each (d_model, N) complex, and D."""
         A = torch.complex(-torch.exp(self.A_log), self.A_imag)
         log_A_bar, B_bar = discretise(A, torch.exp(self.log_dt)[:, None], self.discretisation)
-        return log_A_bar, B_bar, torch.view_as_complex(self.C)
+        return DiagonalSSM(log_A_bar, B_bar, torch.view_as_complex(self.C), self.D)
 
     def convolution_kernel(self, length: int) -> Tensor:
-        """K of the equations above without the skip D: (d_model, length) float32.
-
-        The Vandermonde product over ``l = q m + r`` factors into powers of A_bar^m and of A_bar, so that memory is of
-        order d_model N sqrt(length), not d_model N length.
-        """
+        """K of the equations above without the skip D: (d_model, length) float32."""
         if length < 1:
             raise ArgumentError(f"length must be at least 1, got {length}")
-        log_A_bar, B_bar, C = self.system()
-        return _response(log_A_bar, (C * B_bar)[None], length)[0]
+        return self.system().kernel(length)
 
     def forward(
         self, x: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None
@@ -117,46 +117,22 @@ class S4D(SequenceMixer):
             wide = torch.promote_types(x.dtype, self.D.dtype)
             after: Tensor | None
             if cu_seqlens is None:
-                y, after = self._convolve(x.to(wide), before)
+                y, after = self.system().convolve(x.to(wide), before)
             else:
-                y, after = self._scan(x.to(wide), before, cu_seqlens)
+                y, after = self.system().scan(x.to(wide), before, cu_seqlens)
         return self._project(y.to(x.dtype)), None if before is None or after is None else S4DState(after)
-
-    def _convolve(self, u: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """u (batch, length, d_model) by FFT, plus what the state before it still gives out."""
-        length = u.shape[1]
-        log_A_bar, B_bar, C = self.system()
-        kernel = _response(log_A_bar, (C * B_bar)[None], length)[0]
-        size = 2 * length
-        y = torch.fft.irfft(torch.fft.rfft(u, size, dim=1) * torch.fft.rfft(kernel.T, size, dim=0), size, dim=1)
-        y = y[:, :length] + self.D * u
-        if before is None:
-            return y, None
-        # At step l the old state has decayed by A_bar^(l + 1).
-        y = y + _response(log_A_bar, C * torch.exp(log_A_bar) * before, length).transpose(1, 2)
-        return y, torch.exp(length * log_A_bar) * before + _final_state(log_A_bar, B_bar, u)
-
-    def _scan(self, u: Tensor, before: Tensor | None, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-        """u (1, length, d_model), several sequences: the selective scan with a step of 1 and constant B and C."""
-        log_A_bar, B_bar, C = self.system()
-        ones = torch.ones((), dtype=u.dtype, device=u.device).expand_as(u)
-        y, after = selective_scan(
-            u, ones, log_A_bar, B_bar, C, self.D, initial_state=before, cu_seqlens=cu_seqlens, return_final_state=True
-        )
-        return y, after
 
     def step(self, x: Tensor, state: State, *, inplace: bool = False) -> tuple[Tensor, S4DState]:
         self.check_input(x.unsqueeze(1), state, None, S4DState)
         assert isinstance(state, S4DState)
         with torch.autocast(x.device.type, enabled=False):
             u = x.to(torch.promote_types(x.dtype, self.D.dtype))
-            log_A_bar, B_bar, C = (part.expand(u.shape[0], -1, -1) for part in self.system())
-            y, ssm = selective_state_update(
-                state.ssm, u, torch.ones_like(u), log_A_bar[0], B_bar, C, self.D, inplace=inplace
-            )
+            y, ssm = self.system().step(u, state.ssm, inplace=inplace)
         return self._project(y.to(x.dtype)), S4DState(ssm)
 
     def _project(self, y: Tensor) -> Tensor:
+        if self.out_proj is None:
+            return y
         y = self.out_proj(F.gelu(y))
         return F.glu(y, dim=-1) if self.glu else y
 
@@ -170,37 +146,3 @@ class S4D(SequenceMixer):
 
     def extra_repr(self) -> str:
         return f"{self.d_model}, d_state={self.d_state}, discretisation={self.discretisation!r}"
-
-
-def _split(length: int) -> tuple[int, int]:
-    """Sizes (q, m) of a grid of at least ``length`` places, about square."""
-    inner = math.isqrt(length - 1) + 1
-    return -(-length // inner), inner
-
-
-def _response(log_A_bar: Tensor, weights: Tensor, length: int) -> Tensor:
-    """``2 Re sum_n weights_n A_bar_n^l``, l < length: weights (batch, channels, N) to (batch, channels, length)."""
-    outer, inner = _split(length)
-    place = torch.arange(max(outer, inner), device=log_A_bar.device)
-    # (batch, channels, outer, N) and (channels, N, inner)
-    left = weights[:, :, None, :] * torch.exp(log_A_bar[:, None, :] * (inner * place[:outer, None]))
-    right = torch.exp(log_A_bar[:, :, None] * place[:inner])
-    # The real part of a complex product, as one product of real matrices of twice the inner size.
-    left = torch.cat((left.real, -left.imag), dim=-1)
-    right = torch.cat((right.real, right.imag), dim=-2)
-    return 2 * torch.matmul(left, right).flatten(-2)[..., :length]
-
-
-def _final_state(log_A_bar: Tensor, B_bar: Tensor, u: Tensor) -> Tensor:
-    """``sum_l A_bar^(length - 1 - l) B_bar u_l``: u (batch, length, channels) to (batch, channels, N).
-
-    The transpose of :func:`_response`: inner sums over a stretch of time, then one over the stretches.
-    """
-    outer, inner = _split(u.shape[1])
-    # Zeros in front change nothing and make the grid full; time then runs backwards from the end.
-    grid = F.pad(u.transpose(1, 2), (outer * inner - u.shape[1], 0)).unflatten(-1, (outer, inner)).flip(-1, -2)
-    place = torch.arange(max(outer, inner), device=u.device)
-    powers = torch.exp(log_A_bar[:, None, :] * place[:inner, None])  # (channels, inner, N)
-    sums = torch.view_as_complex(torch.matmul(grid, torch.view_as_real(powers).flatten(-2)).unflatten(-1, (-1, 2)))
-    steps = torch.exp(log_A_bar[:, None, :] * (inner * place[:outer, None]))  # (channels, outer, N)
-    return B_bar * (sums * steps).sum(dim=-2)

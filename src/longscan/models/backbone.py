@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from longscan.errors import ArgumentError
-from longscan.mixers import MIXERS
 from longscan.models.config import LanguageModelConfig
 from longscan.nn.mixer import SequenceMixer, check_batch, check_state
 from longscan.nn.mlp import GatedMLP
@@ -33,15 +32,9 @@ class Block(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        name = config.mixer_of(layer)
         self.residual_in_fp32 = config.residual_in_fp32
         self.norm = AddRMSNorm(config.d_model, config.norm_eps, device=device, dtype=dtype)
-        self.mixer: SequenceMixer = MIXERS[name](
-            config.d_model,
-            **config.options_of(name),
-            device=device,
-            dtype=dtype,
-        )
+        self.mixer: SequenceMixer = config.build_mixer(layer, config.d_model, device=device, dtype=dtype)
         if config.d_intermediate:
             self.norm2: AddRMSNorm | None = AddRMSNorm(config.d_model, config.norm_eps, device=device, dtype=dtype)
             self.mlp: GatedMLP | None = GatedMLP(config.d_model, config.d_intermediate, device=device, dtype=dtype)
@@ -107,12 +100,18 @@ class Backbone(nn.Module):
         branches = self.config.n_layer * (2 if self.config.d_intermediate else 1)
         for layer in self.layers:
             for name, parameter in layer.named_parameters():
-                if name.endswith(("out_proj.weight", "fc2.weight")):
+                # Of a mixer inside a block, the output goes through the block's own projection.
+                if name.endswith(("out_proj.weight", "fc2.weight")) and ".inner." not in name:
                     nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
                     parameter.div_(math.sqrt(branches))
             for module in layer.modules():
                 if isinstance(module, nn.Linear) and module.bias is not None and not hasattr(module.bias, "_no_reinit"):
                     nn.init.zeros_(module.bias)
+
+    @property
+    def capturable(self) -> bool:
+        """Whether CUDA graphs can capture every mixer."""
+        return all(block.mixer.capturable for block in self.blocks)
 
     def initial_state(self, batch: int, dtype: torch.dtype | None = None) -> ModelState:
         """The state before the first token."""

@@ -60,6 +60,7 @@ def _may_capture(model: LanguageModel, tokens: Tensor) -> bool:
         and not torch.is_autocast_enabled("cuda")
         and not torch.compiler.is_compiling()
         and not torch.cuda.is_current_stream_capturing()
+        and model.backbone.capturable
         and model.state_bytes(1, 1) == model.state_bytes(1, 2)
     )
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import inspect
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from longscan.errors import ConfigError
-from longscan.mixers import MIXERS
+from longscan.models.options import Config, MixerChoice, closest
 
 
 @dataclasses.dataclass(frozen=True)
-class LanguageModelConfig:
+class LanguageModelConfig(MixerChoice, Config):
     """Shape of a :class:`longscan.LanguageModel`.
 
     Args:
@@ -31,6 +28,8 @@ class LanguageModelConfig:
         tie_embeddings: the output matrix is the embedding.
         pad_vocab_size_multiple: rows of the embedding are rounded up to a multiple of this. Padding rows are never
             output.
+        block: "plain", or the shape around each mixer: "h3", "mamba" or "ungated" (:mod:`longscan.nn.blocks`).
+        block_options: keyword arguments of that shape, such as ``{"expand": 2, "d_conv": 4}``.
 
     Raises:
         ConfigError: a value is not allowed, a mixer is not registered or does not know an option.
@@ -46,99 +45,23 @@ class LanguageModelConfig:
     residual_in_fp32: bool = True
     tie_embeddings: bool = True
     pad_vocab_size_multiple: int = 8
+    block: str = "plain"
+    block_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
+        self.check_integers(_LEAST)
         for name in ("residual_in_fp32", "tie_embeddings"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if not isinstance(self.norm_eps, (int, float)) or isinstance(self.norm_eps, bool) or not self.norm_eps > 0:
             raise ConfigError(f"norm_eps must be a positive number, got {self.norm_eps!r}")
-        if not isinstance(self.mixer, str):
-            if not isinstance(self.mixer, (list, tuple)) or not self.mixer:
-                raise ConfigError(f"mixer must be a name or a non-empty list of names, got {self.mixer!r}")
-            object.__setattr__(self, "mixer", tuple(self.mixer))
-        for name in self.mixer_names:
-            if name not in MIXERS:
-                raise ConfigError(
-                    f"mixer {name!r} is not registered{_closest(name, MIXERS)}; known: {', '.join(MIXERS)}"
-                )
-        if not isinstance(self.mixer_options, Mapping):
-            raise ConfigError(f"mixer_options must be a mapping, got {type(self.mixer_options).__name__}")
-        object.__setattr__(self, "mixer_options", dict(self.mixer_options))
-        self._check_options()
-
-    def _check_options(self) -> None:
-        if not isinstance(self.mixer, str):
-            for key, value in self.mixer_options.items():
-                if key not in self.mixer or not isinstance(value, Mapping):
-                    raise ConfigError(
-                        f"mixer_options[{key!r}]: with several mixers, options are one mapping per mixer name, "
-                        f"like {{{self.mixer[0]!r}: {{...}}}}; mixers here: {', '.join(dict.fromkeys(self.mixer))}"
-                    )
-        for name in self.mixer_names:
-            allowed = mixer_option_names(name)
-            for key in self.options_of(name):
-                if key not in allowed:
-                    raise ConfigError(
-                        f"mixer_options: {name!r} has no option {key!r}{_closest(key, allowed)}; "
-                        f"allowed: {', '.join(allowed)}"
-                    )
-
-    @property
-    def mixer_names(self) -> tuple[str, ...]:
-        """The cycle of mixer names."""
-        return (self.mixer,) if isinstance(self.mixer, str) else self.mixer
+        self.check_mixers()
 
     @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding."""
         multiple = self.pad_vocab_size_multiple
         return -(-self.vocab_size // multiple) * multiple
-
-    def mixer_of(self, layer: int) -> str:
-        """Name of the mixer of a layer."""
-        return self.mixer_names[layer % len(self.mixer_names)]
-
-    def options_of(self, mixer: str) -> dict[str, Any]:
-        """Keyword arguments for a mixer of this name."""
-        options = self.mixer_options if isinstance(self.mixer, str) else self.mixer_options.get(mixer, {})
-        return dict(options)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values only, ready for JSON."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2) + "\n"
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> LanguageModelConfig:
-        """Inverse of :meth:`to_dict`.
-
-        Raises:
-            ConfigError: an unknown key (named, with the closest allowed one), or a value that is not allowed.
-        """
-        if not isinstance(values, Mapping):
-            raise ConfigError(f"a model configuration is a mapping of names to values, got {type(values).__name__}")
-        allowed = [field.name for field in dataclasses.fields(cls)]
-        unknown = [f"{key!r}{_closest(key, allowed)}" for key in values if key not in allowed]
-        if unknown:
-            raise ConfigError(f"unknown configuration keys: {', '.join(unknown)}; allowed: {', '.join(allowed)}")
-        return cls(**values)
-
-    @classmethod
-    def from_json(cls, text: str) -> LanguageModelConfig:
-        """Inverse of :meth:`to_json`."""
-        try:
-            values = json.loads(text)
-        except ValueError as error:
-            raise ConfigError(f"configuration is not valid JSON: {error}") from error
-        return cls.from_dict(values)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> LanguageModelConfig:
@@ -148,23 +71,12 @@ class LanguageModelConfig:
         Transformer++ (rotary positions, SwiGLU, RMS norm, no biases) takes the same table's layers, widths and heads.
         """
         if name not in PRESETS:
-            raise ConfigError(f"no preset {name!r}{_closest(name, PRESETS)}; known: {', '.join(PRESETS)}")
+            raise ConfigError(f"no preset {name!r}{closest(name, PRESETS)}; known: {', '.join(PRESETS)}")
         values = {**PRESETS[name], **changes}
         return cls.from_dict(values)
 
 
 _LEAST = {"d_model": 1, "n_layer": 1, "vocab_size": 1, "d_intermediate": 0, "pad_vocab_size_multiple": 1}
-
-
-def mixer_option_names(mixer: str) -> list[str]:
-    """Keyword arguments that configure a registered mixer."""
-    names = list(inspect.signature(MIXERS[mixer].__init__).parameters)
-    return [name for name in names if name not in ("self", "d_model", "device", "dtype")]
-
-
-def _closest(key: object, allowed: Any) -> str:
-    matches = difflib.get_close_matches(str(key), list(allowed), n=1)
-    return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
 _NEOX_VOCABULARY = 50277

@@ -91,12 +91,14 @@ class GraphStepper:
     nothing. The state that comes back lies in the graph's own memory: hand it to the next call, or copy it.
 
     Raises:
-        BackendError: the model is not on a GPU, or a state of it grows with the sequence.
+        BackendError: the model is not on a GPU, a mixer of it cannot be captured, or a state grows with the sequence.
     """
 
     def __init__(self, model: LanguageModel) -> None:
         if model.device.type != "cuda":
             raise BackendError(f"graphs are captured on GPUs, the model is on {model.device}")
+        if not model.backbone.capturable:
+            raise BackendError("a mixer of this model waits for the GPU within a step, which a graph cannot hold")
         if model.state_bytes(1, 1) != model.state_bytes(1, 2):
             raise BackendError("the state of this model grows with the sequence: its memory moves from step to step")
         try:

@@ -85,6 +85,8 @@ def write_config(config: LanguageModelConfig, kind: str) -> dict[str, Any]:
         return {"model_type": _MODEL_TYPE, "architectures": ["LongscanForCausalLM"], **config.to_dict()}
     if set(config.mixer_names) != {"mamba"}:
         raise ConfigError(f"format {kind!r} holds Mamba layers only, this model has {', '.join(config.mixer_names)}")
+    if config.block != "plain":
+        raise ConfigError(f"format {kind!r} has no blocks around mixers, this model has {config.block!r}")
     options = config.options_of("mamba")
     if not isinstance(config.mixer, str):
         config = LanguageModelConfig.from_dict({**config.to_dict(), "mixer": "mamba", "mixer_options": options})

@@ -180,6 +180,16 @@ def load_weights(model: Any, tensors: dict[str, Tensor], source: str | os.PathLi
     if model.config.tie_embeddings:
         shared = {name: tensor for name, tensor in tensors.items() if name.startswith(_EMBEDDING)}
         tensors.update((_HEAD + name.removeprefix(_EMBEDDING), tensor) for name, tensor in shared.items())
+    assign_weights(model, tensors, source)
+    model.tie_weights()
+
+
+def assign_weights(model: nn.Module, tensors: dict[str, Tensor], source: str | os.PathLike[str]) -> None:
+    """Make tensors the parameters and buffers of a model of any device, also meta.
+
+    Raises:
+        CheckpointError: keys are missing or unknown, or shapes do not fit; the message names ``source`` and the keys.
+    """
     expected: dict[str, Tensor] = model.state_dict()
     missing = [name for name in expected if name not in tensors]
     unknown = [name for name in tensors if name not in expected]
@@ -201,7 +211,6 @@ def load_weights(model: Any, tensors: dict[str, Tensor], source: str | os.PathLi
         if mark.get("_keep_float32") and tensors[name].dtype in (torch.bfloat16, torch.float16):
             tensors[name] = tensors[name].float()
     model.load_state_dict(tensors, assign=True)
-    model.tie_weights()
     # Assigning makes new parameters, without the marks (no weight decay, float32) of the old ones.
     for name, parameter in model.named_parameters(remove_duplicate=False):
         vars(parameter).update(marks[name])

@@ -5,13 +5,15 @@ from __future__ import annotations
 import abc
 import copy
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from longscan.errors import ArgumentError
 from longscan.nn.state import State
+
+T = TypeVar("T", bound=Tensor)
 
 # What parameters are marked with.
 _MARKS = ("_keep_float32", "_no_weight_decay", "_no_reinit")
@@ -29,6 +31,9 @@ class SequenceMixer(nn.Module, abc.ABC):
 
     #: Whether the mixer is one fixed convolution, so that :meth:`convolution_kernel` exists.
     time_invariant: ClassVar[bool] = False
+
+    #: Whether CUDA graphs can capture it: no call waits for the GPU.
+    capturable: bool = True
 
     @abc.abstractmethod
     def forward(
@@ -96,8 +101,11 @@ class SequenceMixer(nn.Module, abc.ABC):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SequenceMixer:
         def apply(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            if getattr(tensor, "_keep_float32", False) and moved.dtype in (torch.bfloat16, torch.float16):
-                return tensor.to(device=moved.device, dtype=torch.float32)
+            if getattr(tensor, "_keep_float32", False):
+                if moved.dtype in (torch.bfloat16, torch.float16):
+                    moved = tensor.to(device=moved.device, dtype=torch.float32)
+                # A buffer is replaced by what is returned here, where a parameter stays the same object.
+                moved._keep_float32 = True  # type: ignore[attr-defined]
             return moved
 
         return super()._apply(apply, recurse)
@@ -116,9 +124,10 @@ class SequenceMixer(nn.Module, abc.ABC):
             raise ArgumentError(f"x is on {x.device} and the {name} on {weight.device}; move one with .to(device)")
         # While torch.export traces, stand-ins of the parameters carry no marks, and so do not say their dtype's role.
         checked = not torch.compiler.is_exporting() and not torch.is_autocast_enabled(x.device.type)
-        if checked and x.dtype != self.activation_dtype():
+        expected = self.activation_dtype()
+        if checked and expected is not None and x.dtype != expected:
             raise ArgumentError(
-                f"x is {x.dtype} and the weights of this {name} are {self.activation_dtype()}; convert x, or the mixer "
+                f"x is {x.dtype} and the weights of this {name} are {expected}; convert x, or the mixer "
                 "with .to(dtype), or run under torch.autocast"
             )
         sequences = x.shape[0]
@@ -136,12 +145,13 @@ class SequenceMixer(nn.Module, abc.ABC):
         if state is not None:
             check_state(name, state, kind, sequences)
 
-    def activation_dtype(self) -> torch.dtype:
-        """The dtype of the weights, and so of the activations outside autocast."""
+    def activation_dtype(self) -> torch.dtype | None:
+        """The dtype of the weights, and so of the activations outside autocast; None if all are kept float32, and
+        activations of any dtype do."""
         for parameter in self.parameters():
             if parameter.is_floating_point() and not getattr(parameter, "_keep_float32", False):
                 return parameter.dtype
-        return torch.float32
+        return None
 
 
 def check_state(name: str, state: Any, kind: type[State], sequences: int) -> None:
@@ -160,10 +170,10 @@ def check_batch(batch: int) -> None:
         raise ArgumentError(f"batch must be an integer of at least 1, got {batch!r}")
 
 
-def keep_float32(parameter: nn.Parameter) -> nn.Parameter:
-    """Mark a parameter that stays float32 when its module is converted to bfloat16 or float16."""
-    parameter._keep_float32 = True  # type: ignore[attr-defined]
-    return parameter
+def keep_float32(tensor: T) -> T:
+    """Mark a parameter or buffer that stays float32 when its module is converted to bfloat16 or float16."""
+    tensor._keep_float32 = True  # type: ignore[attr-defined]
+    return tensor
 
 
 def no_weight_decay(parameter: nn.Parameter) -> nn.Parameter:

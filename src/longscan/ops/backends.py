@@ -27,11 +27,14 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "causal_conv1d": ("cpu", "cuda", "triton", "reference"),
     "add_rms_norm": ("cpu", "triton", "reference"),
     "linear_cross_entropy": ("triton", "reference"),
-    "decay_attention": ("chunked", "reference"),
+    "decay_attention": ("triton", "chunked", "reference"),
+    "vandermonde": ("chunked", "reference"),
+    "cauchy": ("cpu", "triton", "chunked", "reference"),
+    "long_conv": ("fft", "reference"),
 }
 
 #: Every name that `backend=`, `with backend(...)` and LONGSCAN_BACKEND take.
-NAMES = ("auto", "reference", "chunked", "cpu", "cuda", "triton")
+NAMES = ("auto", "reference", "chunked", "fft", "cpu", "cuda", "triton")
 
 # Devices a backend can run on at all; those in plain PyTorch run on every device.
 _DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "xpu")}
@@ -54,8 +57,8 @@ def backend(name: str) -> Iterator[None]:
     """Within the block, every operator uses backend `name` unless a call names its own.
 
     Args:
-        name: "auto", "reference", "chunked" (matrix products over chunks), "cpu" (Numba), "cuda" or "triton". It holds
-            for all threads of the process.
+        name: "auto", "reference", "chunked" (matrix products over chunks), "fft" (Fourier transforms), "cpu" (Numba),
+            "cuda" or "triton". It holds for all threads of the process.
 
     Raises:
         ArgumentError: unknown name.

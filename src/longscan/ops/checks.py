@@ -19,6 +19,9 @@ ACCUMULATION = {
     torch.float64: torch.float64,
 }
 
+#: The real dtype that goes with a complex one.
+REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
+
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> None:
     """Raises `ArgumentError` unless `tensor` has exactly `shape`; `meaning` names the axes."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-_AXES = {"lengths": "sequence length", "throughput": "batch", "memory": "batch"}
+_AXES = {"lengths": "sequence length", "mixers": "sequence length", "throughput": "batch", "memory": "batch"}
 _OURS = "#1f6fb4"
 _COLOURS = ("#d9822b", "#7d5ba6", "#3a9a5b", "#c2405a", "#6b7683", "#b59a2b", "#2fa3a8", "#8c564b")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from longscan.statespace.discretisation import discretise
+from longscan.statespace.discretisation import discretise, discretise_dense
+from longscan.statespace.hippo import transition
 from longscan.statespace.initialisation import diagonal, log_uniform_steps
+from longscan.statespace.nplr import NPLR, nplr
 
-__all__ = ["diagonal", "discretise", "log_uniform_steps"]
+__all__ = ["NPLR", "diagonal", "discretise", "discretise_dense", "log_uniform_steps", "nplr", "transition"]

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from longscan.errors import ArgumentError
+from longscan.statespace.nplr import nplr
 
-KINDS = ("s4d-legs", "s4d-inv", "s4d-lin", "s4d-real")
+KINDS = ("s4d-legs", "s4d-inv", "s4d-lin", "s4d-real", "dss")
 
 
 def diagonal(kind: str, size: int) -> Tensor:
@@ -20,6 +21,7 @@ def diagonal(kind: str, size: int) -> Tensor:
     ``s4d-inv``   -1/2 + i N/pi (N / (2n + 1) - 1), with N = 2 size
     ``s4d-legs``  eigenvalues of the normal part of HiPPO-LegS of order N
     ``s4d-real``  -(n + 1)
+    ``dss``       those of ``s4d-legs``: the same matrix, "skew-HiPPO", without its low-rank part
     ============  ===============================================================
 
     Returns:
@@ -33,23 +35,9 @@ def diagonal(kind: str, size: int) -> Tensor:
     if kind == "s4d-inv":
         order = 2 * size
         return torch.complex(torch.full_like(n, -0.5), order / math.pi * (order / (2 * n + 1) - 1))
-    if kind == "s4d-legs":
-        return _legs(size)
+    if kind in ("s4d-legs", "dss"):
+        return nplr("legs", 2 * size).w[:size]
     raise ArgumentError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
-
-
-def _legs(size: int) -> Tensor:
-    """HiPPO-LegS is normal plus low rank: A + P P^T = -1/2 + skew, P_n = sqrt(n + 1/2) (Gu et al. 2021, S4, theorem 1).
-
-    The skew part, times i, is Hermitian, and its eigenvalues come in pairs of opposite sign; the positive ones are
-    kept.
-    """
-    order = 2 * size
-    root = torch.sqrt(torch.arange(order, dtype=torch.float64) + 0.5)
-    outer = root[:, None] * root[None, :]
-    skew = torch.triu(outer, 1) - torch.tril(outer, -1)
-    imaginary = torch.linalg.eigvalsh(-1j * skew.to(torch.complex128))
-    return torch.complex(torch.full((size,), -0.5, dtype=torch.float64), imaginary[order // 2 :])
 
 
 def log_uniform_steps(size: int, dt_min: float, dt_max: float, device: torch.device | str | None = None) -> Tensor:

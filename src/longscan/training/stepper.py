@@ -75,7 +75,8 @@ class Stepper:
         loss = Loss(model)
         self._net: Any = torch.compile(loss) if config.compile else loss
         self._captured: CapturedPass | None = None
-        self._captures = config.cuda_graph and device.type == "cuda" and ranks.size == 1 and not config.compile
+        captures = config.cuda_graph and device.type == "cuda" and ranks.size == 1 and not config.compile
+        self._captures = captures and model.backbone.capturable
         if ranks.size > 1:
             self._net = torch.nn.parallel.DistributedDataParallel(self._net, broadcast_buffers=False)
 

@@ -13,11 +13,16 @@ from longscan.ops.decay_attention import chunked, reference
 from longscan.ops.decay_attention.cases import CASES, NAMES, DecayCase, make_inputs
 from tests.ops.agreement import TOLERANCE, assert_close, in_float64, outputs_and_gradients
 
-#: Plain PyTorch both: they run on every device.
+#: Plain PyTorch runs on every device.
 RUNS = [
     pytest.param(name, device, id=f"{name}-{device}", marks=[pytest.mark.gpu] if device == "cuda" else [])
-    for name in ("chunked", "reference")
-    for device in ("cpu", "cuda")
+    for name, device in (
+        ("chunked", "cpu"),
+        ("reference", "cpu"),
+        ("chunked", "cuda"),
+        ("reference", "cuda"),
+        ("triton", "cuda"),
+    )
 ]
 BACKENDS = pytest.mark.parametrize(("backend", "device"), RUNS)
 CASE = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -101,7 +106,7 @@ def test_it_is_attention_with_decayed_weights() -> None:
 
 
 @BACKENDS
-@pytest.mark.parametrize("name", ["step", "retention", "no-decay", "linear-attention"])
+@pytest.mark.parametrize("name", ["step", "retention", "no-decay", "linear-attention", "groups"])
 def test_a_step_is_a_sequence_of_length_one(name: str, backend: str, device: str) -> None:
     case = case_of(name)
     inputs = make_inputs(case, device)
@@ -231,6 +236,8 @@ ERRORS = [
     ({"q": torch.zeros(2, 0, 3, 8)}, r"q: got shape \(2, 0, 3, 8\)"),
     ({"k": torch.zeros(2, 5, 3, 7)}, r"k: got shape \(2, 5, 3, 7\), expected \(2, 5, 3, 8\)"),
     ({"v": torch.zeros(2, 5, 4, 6)}, r"v: got shape \(2, 5, 4, 6\), expected \(2, 5, 3, 6\)"),
+    ({"v": torch.zeros(2, 5, 0, 6)}, r"v: got shape \(2, 5, 0, 6\), .* as many heads as q and k, or a multiple"),
+    ({"log_decay": torch.zeros(2, 5, 3), "v": torch.zeros(2, 5, 6, 6)}, r"log_decay: .* expected \(2, 5, 6\)"),
     ({"v": torch.zeros(2, 5, 3, 0)}, r"v: got shape \(2, 5, 3, 0\)"),
     ({"v": torch.zeros(2, 5, 3, 6, dtype=torch.int64)}, r"v: got torch\.int64"),
     ({"log_decay": torch.zeros(2)}, r"log_decay: got shape \(2,\), expected \(3,\)"),

@@ -136,7 +136,7 @@ def test_opcheck(name: str, backend: str) -> None:
     inputs = make_inputs(case)
     tensors = [inputs[key] if inputs[key] is None else inputs[key].requires_grad_() for key in NAMES]
     operator = torch.ops.longscan.decay_attention.default
-    torch.library.opcheck(operator, (*tensors, inputs.get("cu_seqlens"), backend))
+    torch.library.opcheck(operator, (*tensors, inputs.get("cu_seqlens"), case.normalise, backend))
     if case.lengths is None and case.initial:
         q, k, v, g, state = (tensor if tensor is None else tensor.detach() for tensor in tensors)
         step = (state, q[:, 0], k[:, 0], v[:, 0], g, backend)

@@ -40,6 +40,8 @@ class LongscanConfig(PreTrainedConfig):
     residual_in_fp32: bool = True
     tie_embeddings: bool = True
     pad_vocab_size_multiple: int = 8
+    block: str = "plain"
+    block_options: Any = None
     use_cache: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -50,7 +52,8 @@ class LongscanConfig(PreTrainedConfig):
     def to_longscan(self) -> LanguageModelConfig:
         """The configuration without what Transformers adds."""
         values = {name: getattr(self, name) for name in _FIELDS}
-        return LanguageModelConfig.from_dict({**values, "mixer_options": values["mixer_options"] or {}})
+        options = {name: values[name] or {} for name in ("mixer_options", "block_options")}
+        return LanguageModelConfig.from_dict({**values, **options})
 
     @classmethod
     def from_longscan(cls, config: LanguageModelConfig, **more: Any) -> LongscanConfig:

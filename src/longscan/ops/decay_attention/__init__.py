@@ -45,7 +45,9 @@ def decay_attention(
     equations 5-7, with one decay a head; Dao and Gu 2024 (arXiv 2405.21060) with one a step.
 
     Args:
-        q, k: (batch, length, heads, d_k), float32, bfloat16, float16 or float64. Scale q beforehand, if wanted.
+        q, k: (batch, length, heads, d_k), float32, bfloat16, float16 or float64. Scale q beforehand, if wanted. Or of
+            fewer heads, whose number divides that of v: head h of v goes with head h // (heads / their number), as with
+            Mamba-2's groups. Nothing is copied for it.
         v: (batch, length, heads, d_v).
         log_decay: g, at most 0: (heads,) constant in time, or (batch, length, heads); None for no decay. -inf forgets
             everything that came before the step.
@@ -56,7 +58,7 @@ def decay_attention(
         cu_seqlens: (num_sequences + 1,) integers, 0 first, `length` last, never decreasing: the sequences packed in
             the one row of a batch of 1. No state leaks over a border. A sequence of length 0 keeps its initial state.
         return_final_state: also return the state after the last step.
-        backend: "auto" (None), "reference" or "chunked"; a name never falls back to another.
+        backend: "auto" (None), "triton", "chunked" or "reference"; a name never falls back to another.
 
     Returns:
         y (batch, length, heads, d_v) in v's dtype; with `return_final_state` also the state, shaped like
@@ -75,8 +77,8 @@ def decay_attention(
     """
     if q.dim() != 4 or 0 in q.shape:
         raise ArgumentError(f"q: got shape {tuple(q.shape)}, expected (batch, length, heads, d_k), each at least 1")
-    batch, length, heads, d_k = q.shape
-    _check_vectors(q, k, v, (batch, length, heads), "batch, length, heads")
+    heads = _check_vectors(q, k, v, "batch, length, heads")
+    batch, length, _, d_k = q.shape
     if log_decay is not None:
         check_floating("log_decay", log_decay)
         if log_decay.dim() == 1:
@@ -93,7 +95,9 @@ def decay_attention(
 
     y_dtype = v.dtype
     q, k, v, log_decay, initial_state = _promote(q, k, v, log_decay, initial_state, normalise)
-    y, final = library.decay_attention(q, k, v, log_decay, initial_state, cu_seqlens, backends.requested(backend))
+    y, final = library.decay_attention(
+        q, k, v, log_decay, initial_state, cu_seqlens, normalise, backends.requested(backend)
+    )
     y = (_normalised(y, eps) if normalise else y).to(y_dtype)
     return (y, final) if return_final_state else y
 
@@ -114,7 +118,7 @@ def decay_attention_update(
 
     Args:
         state: (batch, heads, d_k, d_v), float32; with `normalise` d_v + 1 in place of d_v.
-        q, k: (batch, heads, d_k).
+        q, k: (batch, heads, d_k), or of fewer heads, as in `decay_attention`.
         v: (batch, heads, d_v).
         log_decay: (heads,), (batch, heads) or None.
         normalise, eps, backend: as in `decay_attention`.
@@ -130,8 +134,8 @@ def decay_attention_update(
     """
     if q.dim() != 3 or 0 in q.shape:
         raise ArgumentError(f"q: got shape {tuple(q.shape)}, expected (batch, heads, d_k), each at least 1")
-    batch, heads, d_k = q.shape
-    _check_vectors(q, k, v, (batch, heads), "batch, heads")
+    heads = _check_vectors(q, k, v, "batch, heads")
+    batch, _, d_k = q.shape
     if log_decay is not None:
         check_floating("log_decay", log_decay)
         if log_decay.dim() == 1:
@@ -164,13 +168,18 @@ def decay_attention_update(
     return (_normalised(y, eps) if normalise else y).to(y_dtype), promoted
 
 
-def _check_vectors(q: Tensor, k: Tensor, v: Tensor, leading: tuple[int, ...], names: str) -> None:
+def _check_vectors(q: Tensor, k: Tensor, v: Tensor, names: str) -> int:
+    """The number of v's heads."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_floating(name, tensor)
     check_shape("k", k, tuple(q.shape), f"({names}, d_k) as q")
     if v.dim() != q.dim() or v.shape[-1] < 1:
         raise ArgumentError(f"v: got shape {tuple(v.shape)}, expected ({names}, d_v), each at least 1")
-    check_shape("v", v, (*leading, v.shape[-1]), f"({names}, d_v)")
+    heads = v.shape[-2] if v.shape[-2] and v.shape[-2] % q.shape[-2] == 0 else q.shape[-2]
+    check_shape(
+        "v", v, (*q.shape[:-2], heads, v.shape[-1]), f"({names}, d_v), with as many heads as q and k, or a multiple"
+    )
+    return heads
 
 
 def _check_state(name: str, state: Tensor, sequences: int, heads: int, d_k: int, d_v: int, normalise: bool) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor
 class DecayCase:
     """One call of the decay attention.
 
-    `decay`: "none", "head" (constant in time) or "step". `lengths` packs sequences of those lengths in one row.
-    `normalise`: keys and queries are then positive.
+    `groups`: heads of q and k, where there are fewer of them. `decay`: "none", "head" (constant in time) or "step".
+    `lengths` packs sequences of those lengths in one row. `normalise`: keys and queries are then positive.
     """
 
     name: str
@@ -26,6 +26,7 @@ class DecayCase:
     normalise: bool = False
     initial: bool = False
     lengths: tuple[int, ...] | None = None
+    groups: int | None = None
 
     @property
     def sequences(self) -> int:
@@ -45,14 +46,18 @@ CASES = (
     DecayCase("long-head", batch=1, length=301, heads=2, decay="head"),
     DecayCase("scalars", d_k=1, d_v=1, initial=True),
     DecayCase("wide", batch=1, heads=1, d_k=33, d_v=70, length=90, initial=True),
+    DecayCase("mamba-2", batch=1, heads=2, groups=1, d_k=128, d_v=64, length=200, initial=True),
+    DecayCase("groups", heads=6, groups=2, length=70, initial=True),
+    DecayCase("one-group", batch=1, heads=4, groups=1, length=131, decay="head"),
     DecayCase("packed", lengths=(5, 1, 70, 13)),
     DecayCase("packed-states", lengths=(64, 0, 65, 3, 129), initial=True, heads=2),
     DecayCase("packed-head", lengths=(7, 66, 0, 2), initial=True, decay="head"),
+    DecayCase("packed-groups", heads=4, groups=2, lengths=(3, 70, 1), initial=True),
     DecayCase("packed-linear", lengths=(9, 20, 100), decay="none", normalise=True, initial=True),
 )
 
 #: A few of them that between them touch every option: for slow ways of running a backend.
-FEW = tuple(case for case in CASES if case.name in ("step", "linear-attention", "packed-states", "packed-head"))
+FEW = tuple(case for case in CASES if case.name in ("step", "linear-attention", "packed-head", "packed-groups"))
 
 NAMES = ("q", "k", "v", "log_decay", "initial_state")
 
@@ -74,11 +79,11 @@ def make_inputs(
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    def vectors(width: int) -> Tensor:
-        return normal(batch, length, case.heads, width)
+    def vectors(width: int, heads: int | None = None) -> Tensor:
+        return normal(batch, length, heads or case.heads, width)
 
     accumulation = torch.float64 if dtype == torch.float64 else torch.float32
-    q, k = vectors(case.d_k) / case.d_k**0.5, vectors(case.d_k)
+    q, k = vectors(case.d_k, case.groups) / case.d_k**0.5, vectors(case.d_k, case.groups)
     if case.normalise:
         q, k = q.abs() + 0.1, k.abs() + 0.1
     inputs: dict[str, Tensor | None] = {

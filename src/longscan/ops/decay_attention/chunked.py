@@ -47,16 +47,23 @@ def chunk_length(d_k: int, d_v: int) -> int:
 class _Stretch(NamedTuple):
     """Some whole chunks of every row in the accumulation dtype, (batch, heads, chunks, C, ...), and their decays.
 
-    The decays are D, p, e and a of the module's docstring, or None where nothing decays.
+    The decays are D, p, e and a of the module's docstring, or None where nothing decays. `shared` neighbouring heads
+    have their q and k in common.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
+    shared: int
     D: Tensor
     p: Tensor | None
     e: Tensor | None
     a: Tensor | None
+
+    def scores(self) -> Tensor:
+        """Q K^T, computed once for heads that share it."""
+        once = self.q[:, :: self.shared] @ self.k[:, :: self.shared].transpose(-1, -2)
+        return _for_heads(once, self.shared)
 
     def query_decayed(self) -> Tensor:
         return self.q if self.p is None else self.q * self.p[..., None]
@@ -86,10 +93,15 @@ class _Stretch(NamedTuple):
         return self.a[:, :, n if self.a.shape[2] > 1 else 0, None, None]
 
 
+def _for_heads(tensor: Tensor, shared: int) -> Tensor:
+    """(batch, groups, ...) to (batch, heads, ...)."""
+    return tensor if shared == 1 else tensor.repeat_interleave(shared, 1)
+
+
 def _stretches(q: Tensor, v: Tensor, chunk: int) -> Iterator[tuple[int, int, int]]:
     """(start, end, C) of stretches of whole chunks, and of what is left as one shorter chunk."""
-    batch, length, heads, d_k = q.shape
-    width = max(chunk, d_k, v.shape[3])
+    batch, length, heads, d_v = v.shape
+    width = max(chunk, q.shape[3], d_v)
     entries = _ENTRIES.get(q.device.type, _ENTRIES_ELSEWHERE)
     step = chunk * max(1, entries // (batch * heads * chunk * width))
     whole = length - length % chunk
@@ -107,8 +119,10 @@ def _cut(tensor: Tensor, where: tuple[int, int, int], real: torch.dtype) -> Tens
 
 
 def _put(target: Tensor, where: tuple[int, int, int], values: Tensor) -> None:
-    """The inverse of `_cut`, into `target`."""
+    """The inverse of `_cut`, into `target`; where that has fewer heads, those that share one add up."""
     start, end, C = where
+    if target.shape[2] < values.shape[1]:
+        values = values.unflatten(1, (target.shape[2], -1)).sum(2)
     target[:, start:end].unflatten(1, ((end - start) // C, C)).copy_(values.movedim(1, 3))
 
 
@@ -136,18 +150,22 @@ def _decays(log_decay: Tensor | None, where: tuple[int, int, int], like: Tensor)
 
 def _stretch(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, where: tuple[int, int, int]) -> _Stretch:
     real = ACCUMULATION[q.dtype]
+    shared = v.shape[2] // q.shape[2]
     q, k, v = (_cut(tensor, where, real) for tensor in (q, k, v))
+    q, k = _for_heads(q, shared), _for_heads(k, shared)
     D, *rest = _decays(log_decay, where, q)
-    return _Stretch(q, k, v, D, *(rest or (None, None, None)))
+    return _Stretch(q, k, v, shared, D, *(rest or (None, None, None)))
 
 
-def _forward_rows(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, S: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of one length: output and final states from `S`."""
-    y = torch.empty(v.shape, dtype=S.dtype, device=v.device)
+def _forward_rows(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, S: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Rows of one length: output in `dtype`, and final states from `S`."""
+    y = torch.empty(v.shape, dtype=dtype, device=v.device)
     for where in _stretches(q, v, chunk_length(q.shape[3], v.shape[3])):
         part = _stretch(q, k, v, log_decay, where)
         before, S = part.entering(S)
-        scores = (part.q @ part.k.transpose(-1, -2)).mul_(part.D)
+        scores = part.scores().mul_(part.D)
         _put(y, where, (scores @ part.v).add_(part.query_decayed() @ before))
     return y, S
 
@@ -157,7 +175,7 @@ def _backward_rows(
 ) -> tuple[Any, ...]:
     """Gradients of q, k, v, of the log-decay of every step (None without decay), and of the state `S` that came in."""
     dq, dk, dv = (torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in (q, k, v))
-    dg = None if log_decay is None else torch.empty(q.shape[:3], dtype=S.dtype, device=q.device)
+    dg = None if log_decay is None else torch.empty(v.shape[:3], dtype=S.dtype, device=q.device)
     places = list(_stretches(q, v, chunk_length(q.shape[3], v.shape[3])))
     borders = [S]
     for where in places[:-1]:
@@ -167,7 +185,7 @@ def _backward_rows(
         before, _ = part.entering(borders.pop())
         out = _cut(dy, where, S.dtype)
         after, G_in = part.leaving(part.query_decayed().transpose(-1, -2) @ out, G)
-        scores = part.q @ part.k.transpose(-1, -2)
+        scores = part.scores()
         into_scores = (out @ part.v.transpose(-1, -2)).mul_(part.D)
         q_later = out @ before.transpose(-1, -2)
         k_later = part.v @ after.transpose(-1, -2)
@@ -206,7 +224,7 @@ def _start(q: Tensor, v: Tensor, initial_state: Tensor | None, sequences: int) -
     real = ACCUMULATION[q.dtype]
     if initial_state is not None:
         return initial_state.to(real)
-    return torch.zeros((sequences, q.shape[2], q.shape[3], v.shape[3]), dtype=real, device=q.device)
+    return torch.zeros((sequences, v.shape[2], q.shape[3], v.shape[3]), dtype=real, device=q.device)
 
 
 def _padded(rows: Rows, log_decay: Tensor | None, *tensors: Tensor) -> tuple[list[Tensor], Tensor | None]:
@@ -225,15 +243,18 @@ def forward(
     log_decay: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    *,
+    wide: bool,
 ) -> tuple[Tensor, Tensor]:
     """Output (batch, length, heads, d_v) and final states, as the reference."""
+    dtype = ACCUMULATION[v.dtype] if wide else v.dtype
     if cu_seqlens is None:
-        return _forward_rows(q, k, v, log_decay, _start(q, v, initial_state, q.shape[0]))
+        return _forward_rows(q, k, v, log_decay, _start(q, v, initial_state, q.shape[0]), dtype)
     final = _start(q, v, initial_state, cu_seqlens.shape[0] - 1).clone()
     outputs = []
     for rows in in_rows(cu_seqlens, q.shape[1]):
         (q_rows, k_rows, v_rows), g_rows = _padded(rows, log_decay, q, k, v)
-        y, final[rows.sequences] = _forward_rows(q_rows, k_rows, v_rows, g_rows, final[rows.sequences])
+        y, final[rows.sequences] = _forward_rows(q_rows, k_rows, v_rows, g_rows, final[rows.sequences], dtype)
         outputs.append((rows, y))
     return back_in_one_row(outputs), final
 
@@ -272,6 +293,7 @@ def backward(
 def update(state: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Tensor:
     """One step from `state` (batch, heads, d_k, d_v), which is overwritten; q, k, v (batch, heads, ...)."""
     q, k, v = (tensor.to(state.dtype) for tensor in (q, k, v))
+    q, k = (_for_heads(tensor, state.shape[1] // q.shape[1]) for tensor in (q, k))
     if log_decay is not None:
         state.mul_(log_decay.to(state.dtype).exp()[..., None, None])
     state.add_(k[..., None] * v[..., None, :])

@@ -1,7 +1,7 @@
 """The decay attention as torch.library operators: what autograd, torch.compile, export and opcheck see.
 
 The operators take normalised arguments: q, k and v of one dtype, log-decays and states in the precision of the sums, in
-which the output comes too.
+which the output comes too if `wide`; else it is in v's dtype.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from longscan.ops import backends
 from longscan.ops.checks import ACCUMULATION, check_offsets, once_differentiable, values_are_checked
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? initial_state, Tensor? cu_seqlens"
-torch.library.define("longscan::decay_attention", f"({_INPUTS}, str backend) -> (Tensor, Tensor)")
+torch.library.define("longscan::decay_attention", f"({_INPUTS}, bool wide, str backend) -> (Tensor, Tensor)")
 torch.library.define(
     "longscan::decay_attention_backward",
     f"(Tensor dy, Tensor dfinal, {_INPUTS}, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -43,27 +43,29 @@ def _check_decay(log_decay: Tensor | None) -> None:
 
 def _state_shape(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[int, ...]:
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return (sequences, q.shape[2], q.shape[3], v.shape[3])
+    return (sequences, v.shape[2], q.shape[3], v.shape[3])
 
 
 @torch.library.impl("longscan::decay_attention", "CompositeExplicitAutograd")
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
-    *tensors, backend = args
+    *tensors, wide, backend = args
     _check_decay(tensors[3])
     if tensors[5] is not None:
         check_offsets(tensors[5], tensors[0].shape[1])
     module = backends.resolve("decay_attention", backend, tensors)
     # Arguments have their dtypes already: products inside stay in that of the sums.
     with torch.autocast(tensors[0].device.type, enabled=False):
-        y, final = module.forward(*tensors)
+        y, final = module.forward(*tensors, wide=wide)
     return y.contiguous(), final.contiguous()
 
 
 @torch.library.register_fake("longscan::decay_attention")
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
-    q, _, v, _, _, cu_seqlens, _ = args
+    q, _, v, _, _, cu_seqlens, wide, _ = args
     real = ACCUMULATION[q.dtype]
-    return q.new_empty(v.shape, dtype=real), q.new_empty(_state_shape(q, v, cu_seqlens), dtype=real)
+    return q.new_empty(v.shape, dtype=real if wide else v.dtype), q.new_empty(
+        _state_shape(q, v, cu_seqlens), dtype=real
+    )
 
 
 @torch.library.impl("longscan::decay_attention_backward", "CompositeExplicitAutograd")
@@ -81,10 +83,9 @@ def _backward_fake(dy: Tensor, dfinal: Tensor, *args: Any) -> tuple[Tensor, ...]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, backend = inputs
+    *tensors, ctx.wide, ctx.backend = inputs
     ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
-    ctx.backend = backend
 
 
 def _autograd(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Any, ...]:
@@ -92,7 +93,7 @@ def _autograd(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Any, 
     q, _, v, _, _, cu_seqlens = tensors
     real = ACCUMULATION[q.dtype]
     if dy is None:
-        dy = torch.zeros(v.shape, dtype=real, device=v.device)
+        dy = torch.zeros(v.shape, dtype=real if ctx.wide else v.dtype, device=v.device)
     if dfinal is None:
         dfinal = torch.zeros(_state_shape(q, v, cu_seqlens), dtype=real, device=v.device)
     grads = torch.ops.longscan.decay_attention_backward.default(dy, dfinal, *tensors, ctx.backend)
@@ -100,7 +101,7 @@ def _autograd(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Any, 
         grad if tensor is not None and wanted else None
         for grad, tensor, wanted in zip(grads, tensors[:5], ctx.needs_input_grad[:5], strict=True)
     )
-    return (*needed, None, None)
+    return (*needed, None, None, None)
 
 
 torch.library.register_autograd("longscan::decay_attention", _autograd, setup_context=_setup_context)

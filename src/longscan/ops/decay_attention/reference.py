@@ -4,7 +4,8 @@ This file is the specification that every other backend is tested against. Per h
 
     S[t] = exp(g[t]) S[t-1] + k[t] v[t]^T,    y[t] = S[t]^T q[t]
 
-where g, the logarithm of the decay, is at most 0 (absent: 0), constant in time or not.
+where g, the logarithm of the decay, is at most 0 (absent: 0), constant in time or not. With fewer heads of q and k than
+of v, each of them serves as many neighbouring heads.
 
 The backward pass walks from the end, with G[t] the gradient of S[t]:
 
@@ -44,9 +45,11 @@ class _Sequence:
     ) -> None:
         row, start, end = where
         real = ACCUMULATION[q.dtype]
-        self.q, self.k, self.v = (tensor[row, start:end].to(real) for tensor in (q, k, v))
+        heads = v.shape[2]
+        shared = heads // q.shape[2]
+        self.q, self.k = (tensor[row, start:end].to(real).repeat_interleave(shared, 1) for tensor in (q, k))
+        self.v = v[row, start:end].to(real)
         self.length = end - start
-        heads = q.shape[2]
         if log_decay is None:
             self.decays = torch.ones((self.length, heads, 1, 1), dtype=real, device=q.device)
         else:
@@ -68,8 +71,13 @@ def forward(
     log_decay: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    *,
+    wide: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Output (batch, length, heads, d_v) and final states. Differentiable by autograd as it stands."""
+    """Output (batch, length, heads, d_v) and final states. Differentiable by autograd as it stands.
+
+    Both are in the precision of the sums; the output is in v's dtype unless `wide`.
+    """
     batch, length = q.shape[:2]
     rows: list[list[Tensor]] = [[] for _ in range(batch)]
     final = []
@@ -80,7 +88,8 @@ def forward(
             S = p.advance(t, S)
             rows[where[0]].append((p.q[t, :, :, None] * S).sum(1))
         final.append(S)
-    return torch.stack([torch.stack(row) for row in rows]), torch.stack(final)
+    y = torch.stack([torch.stack(row) for row in rows])
+    return y if wide else y.to(v.dtype), torch.stack(final)
 
 
 def backward(
@@ -94,9 +103,10 @@ def backward(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, log_decay and initial_state (None where the argument is None)."""
-    batch, length, heads = q.shape[:3]
+    batch, length, heads = v.shape[:3]
     real = ACCUMULATION[q.dtype]
-    dq, dk, dv = (torch.zeros_like(tensor, dtype=real) for tensor in (q, k, v))
+    dq, dk = (torch.zeros((batch, length, heads, q.shape[3]), dtype=real, device=q.device) for _ in range(2))
+    dv = torch.zeros_like(v, dtype=real)
     dg = torch.zeros((batch, length, heads), dtype=real, device=q.device)
     dinitial = []
     for i, where in enumerate(row_offsets(batch, length, cu_seqlens)):
@@ -127,6 +137,7 @@ def backward(
     dlog_decay = None
     if log_decay is not None:
         dlog_decay = (dg.sum((0, 1)) if log_decay.dim() == 1 else dg).to(log_decay.dtype)
+    dq, dk = (grad.unflatten(2, (q.shape[2], heads // q.shape[2])).sum(3) for grad in (dq, dk))
     return (
         dq.to(q.dtype),
         dk.to(k.dtype),

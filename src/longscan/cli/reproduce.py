@@ -1,0 +1,224 @@
+"""`longscan reproduce NAME`: a published result, here; our figure beside the published one."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from longscan.cli.config import read_toml
+from longscan.cli.train import Stop
+from longscan.errors import ConfigError
+from longscan.experiments import (
+    SCALES,
+    Published,
+    Result,
+    Run,
+    Settings,
+    System,
+    read_published,
+    read_results,
+    read_settings,
+    results_page,
+)
+from longscan.experiments.report import duration, percent
+from longscan.nn.storage import write_text
+from longscan.plots.experiments import plot_experiment
+from longscan.plots.selection import plot_selection
+from longscan.training.synthetic import Point
+
+_PUBLISHED = "published.toml"
+# Without a terminal: seconds between lines.
+_INTERVAL = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Train and test the systems of a published table or figure, and print our figures beside the published ones.
+
+    Each system's result is one JSON file below results/. A run that was stopped (Ctrl-C, SIGTERM, --minutes) goes on
+    when the same command is given again.
+    """
+
+    name: Annotated[str | None, tyro.conf.Positional] = None
+    """The experiment; --list shows them."""
+    list: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Show the experiments, what they cost and what has been measured."""
+    report: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Only write docs/results.md and the figures from the result files."""
+    scale: Literal["auto", "paper", "here"] = "auto"
+    """The published setting, or one for two CPU cores; auto: the published one on a GPU."""
+    only: str | None = None
+    """Systems to run, with commas between; default: all of the experiment."""
+    seed: int = 0
+    """Of weights and data."""
+    minutes: float | None = None
+    """Stop after so long, with everything saved."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto: a GPU if there is one."""
+    experiments: Path = Path("experiments")
+    """Folder of the experiments' files."""
+    results: Path = Path("results")
+    """Folder of the results."""
+    runs: Path = Path("runs/reproduce")
+    """Folder of the checkpoints."""
+    docs: Path = Path("docs/results.md")
+    """The page that --report writes."""
+
+
+def run(options: Options, console: Console | None = None) -> int:
+    """Exit code 0; 130 or 143 after a stop by Ctrl-C or SIGTERM, with everything saved."""
+    console = console or Console(highlight=False, soft_wrap=True)
+    published = read_published(read_toml(options.experiments / _PUBLISHED), _PUBLISHED)
+    if options.list:
+        console.print(_list(options))
+        return 0
+    if options.report:
+        return _report(options, published, console)
+    if options.name is None:
+        raise ConfigError("name an experiment, as in `longscan reproduce induction-heads`; --list shows them")
+    device = torch.device(_device(options.device))
+    settings = _settings(options, options.name, device)
+    systems = _chosen(settings, options.only)
+    ends = None if options.minutes is None else time.monotonic() + 60 * options.minutes
+    with Stop() as stop:
+        for system in systems:
+            done = Run(settings, system, seed=options.seed, device=device, folder=options.runs)
+            if not _work(done, stop, ends, console):
+                console.print("stopped, all is saved; the same command goes on")
+                return 128 + (stop.signal or signal.SIGINT) if stop() else 0
+            console.print(f"written: {done.result().save(options.results)}")
+            if settings.task.name == "selective_copying" and system.mixer == "mamba":
+                path = options.results / settings.name / f"selection-{settings.scale}.png"
+                console.print(f"written: {plot_selection(done.model, settings.task, path)}")
+    results = read_results(options.results, settings.name)
+    console.print(_table(settings, results, published.get(settings.published)))
+    for path in plot_experiment(results, published, options.results):
+        console.print(f"written: {path}")
+    return 0
+
+
+def _device(name: str) -> str:
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _names(folder: Path) -> list[str]:
+    """The experiments in a folder; other configuration files may lie there too."""
+    return [path.stem for path in sorted(folder.glob("*.toml")) if "systems" in read_toml(path)]
+
+
+def _settings(options: Options, name: str, device: torch.device) -> Settings:
+    name = name.replace("-", "_")
+    known = _names(options.experiments)
+    if name not in known:
+        raise ConfigError(f"no experiment {name!r} in {options.experiments}; there are: {', '.join(known)}")
+    scale = options.scale
+    if scale == "auto":
+        scale = "paper" if device.type == "cuda" else "here"
+    return read_settings(name, read_toml(options.experiments / f"{name}.toml"), scale)
+
+
+def _chosen(settings: Settings, only: str | None) -> list[System]:
+    if only is None:
+        return list(settings.systems.values())
+    names = [name.strip() for name in only.split(",")]
+    for name in names:
+        if name not in settings.systems:
+            raise ConfigError(f"--only: {settings.name} has no {name!r}, it has {', '.join(settings.systems)}")
+    return [settings.systems[name] for name in names]
+
+
+def _work(run: Run, stop: Stop, ends: float | None, console: Console) -> bool:
+    """Train and test one system, showing how far it is; False if it was stopped."""
+    system, steps = run.system, run.system.recipe.steps
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    figures = TextColumn("{task.fields[figures]}")
+    said = 0.0
+    with Progress(*columns, figures, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(escape(system.label), total=steps, figures="preparing")
+        bar.update(task, completed=run.resume())
+
+        def tell(point: Point | None, accuracy: dict[str, float]) -> None:
+            nonlocal said
+            if point is None:
+                place, text = "tested", _tested(accuracy)
+                bar.update(task, figures=text)
+            else:
+                place = f"step {point.step}/{steps}, {duration(run.train_seconds)}"
+                text = f"loss {point.loss:.4f}  accuracy {percent(point.accuracy)}%"
+                bar.update(task, completed=point.step, figures=text)
+            if not console.is_terminal and (point is None or time.monotonic() - said > _INTERVAL):
+                said = time.monotonic()
+                console.print(f"{system.label}: {place}  {text}")
+
+        return run.go_on(lambda: stop() or (ends is not None and time.monotonic() > ends), tell)
+
+
+def _tested(accuracy: dict[str, float]) -> str:
+    length, share = list(accuracy.items())[-1]
+    return f"{percent(share)}% at length {int(length):,}"
+
+
+def _list(options: Options) -> Table:
+    table = Table("experiment", "", "systems", "cost", "measured", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in _names(options.experiments):
+        values = read_toml(options.experiments / f"{name}.toml")
+        results = read_results(options.results, name)
+        for scale in SCALES:
+            settings = read_settings(name, values, scale)
+            done = [result.system for result in results if result.scale == scale]
+            first = scale == SCALES[0]
+            table.add_row(
+                name.replace("_", "-") if first else "",
+                f"{settings.title} " if first else "",
+                ", ".join(settings.systems) if first else "",
+                f"{scale}: {settings.cost}",
+                ", ".join(dict.fromkeys(done)) or "-",
+            )
+    return table
+
+
+def _table(settings: Settings, results: list[Result], published: Published | None) -> Table:
+    source = "" if published is None else f"in brackets: {published.source}"
+    table = Table(
+        title=escape(f"{settings.title}, scale: {settings.scale}, accuracy in percent"),
+        title_justify="left",
+        caption=escape(source),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    own = [result for result in results if result.scale == settings.scale]
+    table.add_column("length", justify="right")
+    for result in own:
+        table.add_column(escape(result.label), justify="right")
+    for length in sorted({int(length) for result in own for length in result.accuracy}):
+        cells = []
+        for result in own:
+            ours = result.accuracy.get(str(length))
+            theirs = None if published is None else published.of(result.system, length)
+            cells.append(("-" if ours is None else percent(ours)) + ("" if theirs is None else f" ({theirs:g})"))
+        table.add_row(f"{length:,}", *cells)
+    return table
+
+
+def _report(options: Options, published: dict[str, Published], console: Console) -> int:
+    results = read_results(options.results)
+    for name in dict.fromkeys(result.experiment for result in results):
+        own = [result for result in results if result.experiment == name]
+        for path in plot_experiment(own, published, options.results):
+            console.print(f"written: {path}")
+    console.print(f"written: {write_text(options.docs, results_page(results, published))}")
+    return 0

@@ -1,0 +1,80 @@
+"""What was measured: one JSON file per experiment, scale, system and seed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from longscan.errors import StorageError
+from longscan.nn.storage import write_text
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A trained and tested system.
+
+    Args:
+        experiment, title, scale, system, label, seed: what it is.
+        task: its name and options.
+        recipe: of model and training; ``mixer`` beside it.
+        published: name of the table of published figures.
+        parameters: of the model.
+        steps: done.
+        accuracy: by length (text, as JSON has it), from 0 to 1.
+        sequences: tested with at each length.
+        curve: of training, rows of step, loss in nats, accuracy on fresh batches.
+        train_seconds, test_seconds: wall time, over all pieces.
+        device: the GPU's name, or the processor's.
+        machine, versions, commit: where it was measured (:mod:`longscan.diagnostics`).
+    """
+
+    experiment: str
+    title: str
+    scale: str
+    system: str
+    label: str
+    seed: int
+    task: Mapping[str, Any]
+    mixer: Any
+    recipe: Mapping[str, Any]
+    published: str
+    parameters: int
+    steps: int
+    accuracy: Mapping[str, float]
+    sequences: int
+    curve: list[list[float]]
+    train_seconds: float
+    test_seconds: float
+    device: str
+    machine: Mapping[str, Any]
+    versions: Mapping[str, str]
+    commit: str | None
+
+    def save(self, folder: Path) -> Path:
+        """Write it to ``folder/EXPERIMENT/SYSTEM-SCALE-seedN.json``, atomically.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        path = folder / self.experiment / f"{self.system}-{self.scale}-seed{self.seed}.json"
+        return write_text(path, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+
+
+def read_results(folder: Path, experiment: str | None = None) -> list[Result]:
+    """All results below a folder, or those of one experiment, in the order of their files' names.
+
+    Raises:
+        StorageError: a file is unreadable or no result.
+    """
+    names = {field.name for field in dataclasses.fields(Result)}
+    found = []
+    for path in sorted(folder.glob(f"{experiment or '*'}/*-seed*.json")):
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            found.append(Result(**{key: value for key, value in values.items() if key in names}))
+        except (OSError, TypeError, ValueError) as error:
+            raise StorageError(f"{path} is no result of `longscan reproduce`: {error}") from error
+    return found

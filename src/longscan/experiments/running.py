@@ -1,0 +1,170 @@
+"""One system of an experiment, trained and tested in as many pieces as it takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longscan import diagnostics
+from longscan.errors import CheckpointError
+from longscan.evaluation.synthetic import accuracy
+from longscan.experiments.results import Result
+from longscan.experiments.settings import Settings, System
+from longscan.tasks.task import Recipe
+from longscan.training.synthetic import Point, SyntheticTrainer, task_model
+
+CHECKPOINT = "checkpoint.safetensors"
+
+# Between checkpoints.
+_SECONDS = 60.0
+
+
+class Run:
+    """Trains and tests; everything that was done is in a checkpoint, from which the next run of the same goes on.
+
+    Args:
+        settings, system: what to do.
+        seed: of weights and data.
+        device: where.
+        folder: of the checkpoint.
+    """
+
+    def __init__(self, settings: Settings, system: System, *, seed: int, device: torch.device, folder: Path) -> None:
+        self.settings, self.system, self.seed, self.device = settings, system, seed, device
+        self.path = folder / settings.name / f"{system.name}-{settings.scale}-seed{seed}" / CHECKPOINT
+        self.model = task_model(settings.task, system.mixer, system.recipe, seed=seed, device=device)
+        self.curve: list[list[float]] = []
+        self.accuracy: dict[str, float] = {}
+        self.train_seconds = self.test_seconds = 0.0
+        self._trainer: SyntheticTrainer | None = None
+        self._saved = time.monotonic()
+        # Some two hundred points on the curve, and on a GPU never a wait for a few small steps.
+        self._stretch = max(1, min(500, system.recipe.steps // 200))
+
+    @property
+    def trained(self) -> bool:
+        """Whether all steps are done, or enough was learnt."""
+        if not self.curve:
+            return False
+        until = self.settings.until
+        return self.curve[-1][0] >= self.system.recipe.steps or bool(until and self.curve[-1][2] >= until)
+
+    def resume(self) -> int:
+        """Go on from the checkpoint, if there is one; gives the steps done.
+
+        Raises:
+            CheckpointError: it is damaged, or its settings are not these.
+        """
+        begin = time.monotonic()
+        recipe = self.system.recipe
+        self._trainer = SyntheticTrainer(self.settings.task, self.model, recipe, seed=self.seed, device=self.device)
+        if self.path.exists():
+            about = self._trainer.load(self.path)
+            # What the version that wrote it did not know is at its default.
+            about["settings"]["recipe"] = dataclasses.asdict(Recipe()) | about["settings"]["recipe"]
+            del about["settings"]["recipe"]["steps"]
+            if about["settings"] != self._description():
+                raise CheckpointError(
+                    f"{self.path} was made with other settings: {about['settings']}; here {self._description()}. "
+                    "Remove it to start afresh"
+                )
+            self.curve, self.accuracy = about["curve"], about["accuracy"]
+            self.train_seconds, self.test_seconds = about["train_seconds"], about["test_seconds"]
+        self.train_seconds += time.monotonic() - begin
+        return self._trainer.steps_done
+
+    def go_on(self, should_stop: Callable[[], bool], tell: Callable[[Point | None, dict[str, float]], Any]) -> bool:
+        """Train and test until all is done (True) or ``should_stop`` (False); then everything is saved.
+
+        Args:
+            should_stop: asked between stretches of training and between lengths.
+            tell: called after each with the newest point of the curve (None while testing) and the accuracies so far.
+        """
+        trainer = self._trainer
+        assert trainer is not None, "resume() comes first"
+        while not self.trained:
+            begin = time.monotonic()
+            point = trainer.advance(min(self._stretch, self.system.recipe.steps - trainer.steps_done))
+            self.train_seconds += time.monotonic() - begin
+            self.curve.append([point.step, point.loss, point.accuracy])
+            tell(point, self.accuracy)
+            if should_stop():
+                self._save()
+                return False
+            if time.monotonic() - self._saved > _SECONDS:
+                self._save()
+        self._save()
+        return self._test(should_stop, tell)
+
+    def _test(self, should_stop: Callable[[], bool], tell: Callable[[Point | None, dict[str, float]], Any]) -> bool:
+        left = [length for length in self.settings.lengths_of(self.system) if str(length) not in self.accuracy]
+        for index, length in enumerate(left):
+            # After the first: however short the pieces are, each gets on.
+            if index and should_stop():
+                return False
+            begin = time.monotonic()
+            self.accuracy[str(length)] = accuracy(
+                self.model, self.settings.task, length=length, sequences=self.settings.sequences, seed=self.seed
+            )
+            self.test_seconds += time.monotonic() - begin
+            tell(None, self.accuracy)
+            self._save()
+        return True
+
+    def _description(self) -> dict[str, Any]:
+        recipe = dataclasses.asdict(self.system.recipe)
+        del recipe["steps"]  # a training that is to be longer goes on
+        return {"task": self._task(), "mixer": _plain(self.system.mixer), "recipe": recipe, "seed": self.seed}
+
+    def _task(self) -> dict[str, Any]:
+        return {"name": self.settings.task.name, **dataclasses.asdict(self.settings.task)}
+
+    def _save(self) -> None:
+        assert self._trainer is not None
+        about = {
+            "settings": self._description(),
+            "curve": self.curve,
+            "accuracy": self.accuracy,
+            "train_seconds": self.train_seconds,
+            "test_seconds": self.test_seconds,
+        }
+        self._trainer.save(self.path, about)
+        self._saved = time.monotonic()
+
+    def result(self) -> Result:
+        """What came out."""
+        machine = diagnostics.describe_machine()
+        processor = f"{machine['cpu']}, {machine['threads']} threads"
+        settings = self.settings
+        return Result(
+            experiment=settings.name,
+            title=settings.title,
+            scale=settings.scale,
+            system=self.system.name,
+            label=self.system.label,
+            seed=self.seed,
+            task=self._task(),
+            mixer=_plain(self.system.mixer),
+            recipe=dataclasses.asdict(self.system.recipe),
+            published=settings.published,
+            parameters=self.model.num_parameters(),
+            steps=int(self.curve[-1][0]),
+            accuracy=self.accuracy,
+            sequences=settings.sequences,
+            curve=self.curve,
+            train_seconds=round(self.train_seconds, 1),
+            test_seconds=round(self.test_seconds, 1),
+            device=machine["gpus"][0] if self.device.type == "cuda" else processor,
+            machine=machine,
+            versions=diagnostics.versions(),
+            commit=diagnostics.commit(),
+        )
+
+
+def _plain(mixer: str | tuple[str, ...]) -> str | list[str]:
+    return mixer if isinstance(mixer, str) else list(mixer)

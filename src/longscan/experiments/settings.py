@@ -1,0 +1,139 @@
+"""An experiment's settings: one TOML file, at the paper's scale and at one for two CPU cores."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from longscan.errors import ArgumentError, ConfigError
+from longscan.tasks.synthetic import TASKS
+from longscan.tasks.task import Recipe, Task
+
+#: As published; and scaled down so that two CPU cores do it in minutes.
+SCALES = ("paper", "here")
+
+_EXPERIMENT = ("title", "task", "published", "systems", *SCALES)
+_SCALE = ("cost", "task", "recipe", "lengths", "sequences", "until")
+_SYSTEM = ("label", "mixer", "recipe", "longest", *SCALES)
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """One row of a table.
+
+    Args:
+        name: in files and on the command line.
+        label: in tables.
+        mixer: of every layer, or several names that the layers cycle over.
+        recipe: model and training.
+        longest: length beyond which it is not tested (its memory or time grows too fast); None: any.
+    """
+
+    name: str
+    label: str
+    mixer: str | tuple[str, ...]
+    recipe: Recipe
+    longest: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """An experiment at one scale.
+
+    Args:
+        name, title: of the experiment.
+        scale: one of :data:`SCALES`.
+        cost: what it takes, in words.
+        task: trained on.
+        published: name of the table of published figures.
+        lengths: to test at.
+        sequences: to test with, at each length.
+        until: end training early once the accuracy, over a stretch of fresh batches, is this; 0: never.
+        systems: by name.
+    """
+
+    name: str
+    title: str
+    scale: str
+    cost: str
+    task: Task
+    published: str
+    lengths: tuple[int, ...]
+    sequences: int
+    until: float
+    systems: Mapping[str, System]
+
+    def lengths_of(self, system: System) -> list[int]:
+        """The lengths at which a system is tested."""
+        return [length for length in self.lengths if system.longest is None or length <= system.longest]
+
+
+def read_settings(name: str, values: Mapping[str, Any], scale: str) -> Settings:
+    """An experiment at a scale, from the content of its file.
+
+    Recipes are put together from the task's own, the scale's, the system's, and the system's at this scale; the later
+    ones win.
+
+    Raises:
+        ConfigError: a key is unknown or missing, or a value is not allowed.
+    """
+    where = f"experiment {name}"
+    _check(values, _EXPERIMENT, where)
+    for key in ("title", "task", "systems", *SCALES):
+        if key not in values:
+            raise ConfigError(f"{where}: {key!r} is missing")
+    if values["task"] not in TASKS:
+        raise ConfigError(f"{where}: task {values['task']!r} is not one of {', '.join(TASKS)}")
+    at = values[scale]
+    _check(at, _SCALE, f"{where}, [{scale}]")
+    kind = TASKS[values["task"]]
+    try:
+        task = kind(**at.get("task", {}))
+    except (ArgumentError, TypeError) as error:
+        raise ConfigError(f"{where}, [{scale}.task]: {error}") from error
+    recipe = _changed(kind.recipe, at.get("recipe", {}), f"{where}, [{scale}.recipe]")
+    return Settings(
+        name=name,
+        title=values["title"],
+        scale=scale,
+        cost=at.get("cost", "not measured"),
+        task=task,
+        published=values.get("published", ""),
+        lengths=tuple(at.get("lengths", [task.length])),
+        sequences=at.get("sequences", 512),
+        until=at.get("until", 0.0),
+        systems={
+            key: _system(key, system, recipe, scale, f"{where}, [systems.{key}]")
+            for key, system in values["systems"].items()
+        },
+    )
+
+
+def _system(name: str, values: Mapping[str, Any], recipe: Recipe, scale: str, where: str) -> System:
+    _check(values, _SYSTEM, where)
+    own = values.get(scale, {})
+    _check(own, ("recipe", "longest"), f"{where}, {scale}")
+    recipe = _changed(recipe, values.get("recipe", {}), where)
+    mixer = values.get("mixer", name)
+    return System(
+        name=name,
+        label=values.get("label", name),
+        mixer=tuple(mixer) if isinstance(mixer, list) else mixer,
+        recipe=_changed(recipe, own.get("recipe", {}), where),
+        longest=own.get("longest", values.get("longest")),
+    )
+
+
+def _changed(recipe: Recipe, changes: Mapping[str, Any], where: str) -> Recipe:
+    _check(changes, [field.name for field in dataclasses.fields(Recipe)], where)
+    return dataclasses.replace(recipe, **changes)
+
+
+def _check(values: Mapping[str, Any], allowed: Iterable[str], where: str) -> None:
+    for key in values:
+        if key not in allowed:
+            near = difflib.get_close_matches(key, list(allowed), n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ConfigError(f"{where}: unknown key {key!r}{hint}; allowed: {', '.join(allowed)}")

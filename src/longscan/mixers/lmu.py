@@ -1,0 +1,219 @@
+r"""LMU: a delay network of order N, which holds a window of the past as Legendre polynomials, and a hidden layer on it.
+
+Voelker, Kajic and Eliasmith 2019 (Legendre Memory Units, NeurIPS), equations 1 to 7. A and B of
+``transition("lmu", N)`` over a window of theta steps, discretised, drive the memory m; h is a nonlinear state:
+
+.. math::
+    u_t &= E_x x_t + E_h h_{t-1} + E_m m_{t-1} \\
+    m_t &= \bar A m_{t-1} + \bar B u_t \\
+    h_t &= \tanh(W_x x_t + W_h h_{t-1} + W_m m_t)
+
+The parallel form (Chilkuri and Eliasmith 2021, Parallelizing Legendre Memory Unit Training, ICML, equations 18 to 20)
+drops E_h, E_m and W_h. The memory is then linear and time-invariant, and all its steps are computed together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longscan.errors import ArgumentError
+from longscan.nn.mixer import SequenceMixer, check_batch, keep_float32
+from longscan.nn.packing import over_rows
+from longscan.nn.state import State
+from longscan.statespace import discretise_dense, transition
+
+METHODS = ("zoh", "bilinear", "backward_euler")
+
+# Steps of a memory that are one matrix product.
+_CHUNK = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class LMUState(State):
+    """m (batch, d_memory, order) and h (batch, d_hidden), float32; the parallel form has no h."""
+
+    memory: Tensor
+    hidden: Tensor | None
+
+
+class LMU(SequenceMixer):
+    """One layer of Legendre memory units: ``y, _ = LMU(d_model=256, theta=512)(x)``.
+
+    Args:
+        d_model: width of input and output.
+        d_memory: signals that are remembered, each in a memory of its own; the 2019 paper has one.
+        order: N, coefficients per signal.
+        theta: length of the window in steps.
+        d_hidden: width of h; default: d_model, and then y is h itself. Of another width, h is projected.
+        parallel: the form without feedback into u and h, which is not walked step by step.
+        bias: of u (parallel form) and h; the 2019 paper has none.
+        discretisation: "zoh", "bilinear" or "backward_euler".
+
+    Attributes:
+        A_bar, B_bar: (order, order) and (order,), float32 buffers: not trained, as in both papers.
+    """
+
+    A_bar: Tensor
+    B_bar: Tensor
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        d_memory: int = 1,
+        order: int = 64,
+        theta: float = 256.0,
+        d_hidden: int | None = None,
+        parallel: bool = False,
+        bias: bool = False,
+        discretisation: str = "zoh",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        d_hidden = d_model if d_hidden is None else d_hidden
+        if min(d_model, d_memory, order, d_hidden) < 1:
+            raise ArgumentError(
+                "d_model, d_memory, order and d_hidden must be at least 1; got "
+                f"{d_model}, {d_memory}, {order} and {d_hidden}"
+            )
+        if not theta > 0:
+            raise ArgumentError(f"theta must be a positive number of steps, got {theta!r}")
+        if discretisation not in METHODS:
+            raise ArgumentError(f"discretisation must be one of {', '.join(METHODS)}; got {discretisation!r}")
+        self.d_model, self.d_memory, self.order, self.d_hidden = d_model, d_memory, order, d_hidden
+        self.theta, self.parallel = theta, parallel
+        self.in_proj = nn.Linear(d_model, d_memory + d_hidden, bias=bias, device=device, dtype=dtype)
+        self.memory_proj = nn.Linear(d_memory * order, d_hidden, bias=False, device=device, dtype=dtype)
+        encoder, kernel = self.in_proj.weight.detach().split([d_memory, d_hidden])
+        nn.init.uniform_(encoder, -math.sqrt(3 / d_model), math.sqrt(3 / d_model))
+        nn.init.xavier_normal_(kernel)
+        nn.init.xavier_normal_(self.memory_proj.weight)
+        if not parallel:
+            # u and h of (h, m): rows of E_h, E_m, and of W_h.
+            self.encoder = nn.Linear(d_hidden + d_memory * order, d_memory, bias=False, device=device, dtype=dtype)
+            self.hidden_proj = nn.Linear(d_hidden, d_hidden, bias=False, device=device, dtype=dtype)
+            nn.init.zeros_(self.encoder.weight)
+            nn.init.xavier_normal_(self.hidden_proj.weight)
+        self.out_proj: nn.Linear | None = None
+        if d_hidden != d_model:
+            self.out_proj = nn.Linear(d_hidden, d_model, bias=bias, device=device, dtype=dtype)
+        A, B = transition("lmu", order)
+        wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+        for name, matrix in zip(("A_bar", "B_bar"), discretise_dense(A, B, 1 / theta, discretisation), strict=True):
+            self.register_buffer(name, keep_float32(matrix.to(device=device, dtype=wide)))
+
+    def forward(
+        self, x: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, LMUState | None]:
+        self.check_input(x, state, cu_seqlens, LMUState)
+        before = state if isinstance(state, LMUState) else None
+        if cu_seqlens is not None:
+            return over_rows(self._run, x, before, cu_seqlens)
+        y, after = self._run(x, before, None)
+        return y, None if before is None else after
+
+    def _run(self, x: Tensor, before: LMUState | None, lengths: Tensor | None) -> tuple[Tensor, LMUState]:
+        if before is None:
+            before = self.initial_state(x.shape[0], x.device)
+        u, own = self.in_proj(x).split([self.d_memory, self.d_hidden], dim=-1)
+        if self.parallel:
+            memory = self.remember(u, before.memory)
+            y = torch.tanh(own + self.memory_proj(memory.flatten(-2).to(own.dtype)))
+            after = LMUState(_after(memory, before.memory, lengths), None)
+        else:
+            y, after = self._walk(u, own, before, lengths)
+        y = y.to(x.dtype)
+        return y if self.out_proj is None else self.out_proj(y), after
+
+    def _walk(self, u: Tensor, own: Tensor, before: LMUState, lengths: Tensor | None) -> tuple[Tensor, LMUState]:
+        """The recurrence, in float32: u (batch, length, d_memory) and own (batch, length, d_hidden) are x's parts."""
+        memory, hidden = before.memory, before.hidden
+        assert hidden is not None
+        outputs = []
+        with torch.autocast(u.device.type, enabled=False):
+            wide = memory.dtype
+            encoder, W_h, W_m = (
+                layer.weight.to(wide).T for layer in (self.encoder, self.hidden_proj, self.memory_proj)
+            )
+            going = None if lengths is None else lengths.to(u.device)[:, None]
+            steps = zip(u.to(wide).unbind(1), own.to(wide).unbind(1), strict=True)
+            for place, (signal, preactivation) in enumerate(steps):
+                signal = signal + torch.cat((hidden, memory.flatten(-2)), dim=-1) @ encoder
+                now = memory @ self.A_bar.T + signal[..., None] * self.B_bar
+                h = torch.tanh(preactivation + hidden @ W_h + now.flatten(-2) @ W_m)
+                outputs.append(h)
+                if going is not None:
+                    now = torch.where(going[..., None] > place, now, memory)
+                    h = torch.where(going > place, h, hidden)
+                memory, hidden = now, h
+        return torch.stack(outputs, dim=1), LMUState(memory, hidden)
+
+    def remember(self, u: Tensor, memory: Tensor | None = None) -> Tensor:
+        """The delay network alone: the memory after every step.
+
+        Within a stretch of steps the memory is one matrix product with the impulse response; stretches are joined by
+        powers of A_bar.
+
+        Args:
+            u: (batch, length, d_memory), the signals.
+            memory: (batch, d_memory, order); None: zeros.
+
+        Returns:
+            (batch, length, d_memory, order), float32 (float64 of a float64 mixer). The signal s steps ago is about
+            ``reconstruct(m, "lmu", s / theta)``, of :mod:`longscan.statespace.reconstruction`.
+        """
+        with torch.autocast(u.device.type, enabled=False):
+            length, size = u.shape[1], min(_CHUNK, u.shape[1])
+            signal = F.pad(u.to(self.A_bar.dtype), (0, 0, 0, -length % size)).unflatten(1, (-1, size)).transpose(2, 3)
+            # (size + 1, order, order), and the response j steps after an impulse, (size, order)
+            powers = _powers(self.A_bar, size)
+            response = powers[:-1] @ self.B_bar
+            lag = torch.arange(size, device=u.device)
+            lag = lag - lag[:, None]
+            toeplitz = torch.where((lag >= 0)[..., None], response[lag.clamp(min=0)], 0)  # (from, to, order)
+            local = (signal @ toeplitz.flatten(1)).unflatten(
+                -1, (size, self.order)
+            )  # (batch, stretches, d_memory, ...)
+            state = local.new_zeros(local.shape[0], self.d_memory, self.order) if memory is None else memory
+            starts = []
+            for end in local[..., -1, :].unbind(1):
+                starts.append(state)
+                state = state @ powers[-1].T + end
+            fade = powers[1:].permute(2, 0, 1).flatten(1)  # (order, size * order)
+            carried = (torch.stack(starts, dim=1) @ fade).view_as(local)
+            return (local + carried).transpose(2, 3).flatten(1, 2)[:, :length]
+
+    def initial_state(
+        self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> LMUState:
+        check_batch(batch)
+        device = self.A_bar.device if device is None else device
+        wide = self.A_bar.dtype
+        memory = torch.zeros(batch, self.d_memory, self.order, device=device, dtype=wide)
+        return LMUState(memory, None if self.parallel else torch.zeros(batch, self.d_hidden, device=device, dtype=wide))
+
+    def extra_repr(self) -> str:
+        sizes = f"{self.d_model}, d_memory={self.d_memory}, order={self.order}, theta={self.theta}"
+        return f"{sizes}, parallel={self.parallel}"
+
+
+def _powers(A: Tensor, highest: int) -> Tensor:
+    """A^0 .. A^highest, (highest + 1, N, N), by doubling."""
+    powers = torch.stack((torch.eye(A.shape[-1], dtype=A.dtype, device=A.device), A))
+    while len(powers) <= highest:
+        powers = torch.cat((powers, powers[1:] @ powers[-1]))
+    return powers[: highest + 1]
+
+
+def _after(memory: Tensor, before: Tensor, lengths: Tensor | None) -> Tensor:
+    """Each row's memory after its own length, of all of them: memory (rows, length, d_memory, order)."""
+    if lengths is None:
+        return memory[:, -1]
+    every = torch.cat((before[:, None], memory), dim=1)
+    return every[torch.arange(len(every), device=every.device), lengths.to(every.device)]

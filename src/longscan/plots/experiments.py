@@ -1,0 +1,77 @@
+"""The figure of an experiment: accuracy by length where there are several, and the curves of training."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from longscan.experiments.published import Published
+from longscan.experiments.results import Result
+from longscan.nn.storage import write_atomically
+
+_COLOURS = ("#1f6fb4", "#d9822b", "#7d5ba6", "#3a9a5b", "#c2405a", "#6b7683", "#b59a2b", "#2fa3a8", "#8c564b")
+
+
+def plot_experiment(results: Sequence[Result], published: Mapping[str, Published], folder: Path) -> list[Path]:
+    """Draw one figure per scale: ``folder/EXPERIMENT/SCALE.png``.
+
+    Args:
+        results: of one experiment.
+        published: all published tables; theirs are drawn dashed.
+        folder: of the results.
+
+    Raises:
+        StorageError: a figure could not be written.
+    """
+    paths = []
+    for scale in dict.fromkeys(result.scale for result in results):
+        own = [result for result in results if result.scale == scale]
+        figure = _figure(own, published.get(own[0].published))
+        path = folder / own[0].experiment / f"{scale}.png"
+        paths.append(write_atomically(path, functools.partial(figure.savefig, format="png", dpi=130)))
+    return paths
+
+
+def _figure(results: Sequence[Result], published: Published | None) -> Any:
+    from matplotlib.figure import Figure
+
+    first = results[0]
+    several = len({length for result in results for length in result.accuracy}) > 1
+    figure = Figure(figsize=(11 if several else 6.5, 4.4), layout="constrained")
+    panels = figure.subplots(1, 2 if several else 1, squeeze=False)[0]
+    colours = {result.system: _COLOURS[index % len(_COLOURS)] for index, result in enumerate(results)}
+    if several:
+        _lengths(panels[0], results, published, colours)
+    _training(panels[-1], results, colours)
+    figure.suptitle(f"{first.title} ({first.scale}; {first.device})", fontsize=10)
+    return figure
+
+
+def _lengths(panel: Any, results: Sequence[Result], published: Published | None, colours: dict[str, str]) -> None:
+    for result in results:
+        points = sorted((int(length), 100 * share) for length, share in result.accuracy.items())
+        panel.plot(*zip(*points, strict=True), "o-", color=colours[result.system], label=result.label, markersize=3.5)
+        theirs = sorted(published.figures.get(result.system, {}).items()) if published is not None else []
+        if len(theirs) > 1:
+            panel.plot(*zip(*theirs, strict=True), "--", color=colours[result.system], alpha=0.45, linewidth=1.2)
+    panel.axvline(results[0].task["length"], color="0.7", linewidth=0.8)
+    panel.set_xscale("log", base=2)
+    panel.set_ylim(-2, 103)
+    panel.set_xlabel("length of the test (line: trained at; dashed: published)")
+    panel.set_ylabel("accuracy, %")
+    panel.grid(alpha=0.25)
+    panel.legend(fontsize=7, frameon=False)
+
+
+def _training(panel: Any, results: Sequence[Result], colours: dict[str, str]) -> None:
+    for result in results:
+        steps, _, shares = zip(*result.curve, strict=True)
+        shown = [100 * share for share in shares]
+        panel.plot(steps, shown, color=colours[result.system], label=result.label, linewidth=1.2)
+    panel.set_xlabel("step of training")
+    panel.set_ylabel("accuracy on fresh batches, %")
+    panel.set_ylim(-2, 103)
+    panel.grid(alpha=0.25)
+    panel.legend(fontsize=7, frameon=False)

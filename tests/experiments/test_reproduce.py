@@ -1,0 +1,154 @@
+"""`longscan reproduce`, from the file of an experiment to its result, in one piece and in several."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from longscan.cli import main
+from longscan.cli.reproduce import Options, run
+from longscan.errors import CheckpointError, ConfigError, StorageError
+from longscan.experiments import Result, read_results
+from longscan.experiments.report import duration, percent
+
+EXPERIMENT = """
+title = "Small heads"
+task = "induction_heads"
+published = "table-1"
+[paper]
+[here]
+cost = "a second"
+task = { length = 16, vocab = 6 }
+recipe = { d_model = 16, n_layer = 1, steps = 12, batch_size = 4 }
+lengths = [16, 32]
+sequences = 8
+[systems.mamba]
+label = "Mamba"
+[systems.attention]
+longest = 16
+"""
+PUBLISHED = """
+[table-1]
+source = "Someone 2001, table 1"
+figures.mamba = { 16 = 99.5 }
+"""
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> Options:
+    folder = tmp_path / "experiments"
+    folder.mkdir()
+    (folder / "small_heads.toml").write_text(EXPERIMENT)
+    (folder / "published.toml").write_text(PUBLISHED)
+    (folder / "text.toml").write_text("device = 'cpu'\n")
+    return Options(
+        name="small-heads",
+        device="cpu",
+        experiments=folder,
+        results=tmp_path / "results",
+        runs=tmp_path / "runs",
+        docs=tmp_path / "results.md",
+    )
+
+
+def told(options: Options, **changes: object) -> tuple[int, str]:
+    import dataclasses
+
+    console = Console(file=io.StringIO(), width=150, highlight=False)
+    code = run(dataclasses.replace(options, **changes), console)  # type: ignore[arg-type]
+    return code, console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def results(options: Options) -> dict[str, Result]:
+    return {result.system: result for result in read_results(options.results)}
+
+
+def test_from_the_file_to_the_page(options: Options) -> None:
+    code, text = told(options)
+    assert code == 0
+    found = results(options)
+    mamba = found["mamba"]
+    assert set(mamba.accuracy) == {"16", "32"}
+    assert set(found["attention"].accuracy) == {"16"}
+    assert mamba.steps == 12
+    assert mamba.curve[-1][0] == 12
+    assert mamba.machine["cpu"] in mamba.device
+    assert mamba.versions["torch"]
+    assert mamba.parameters > 1000
+    assert f"{percent(mamba.accuracy['16'])} (99.5)" in text
+    assert "Someone 2001" in text
+    assert (options.results / "small_heads" / "here.png").stat().st_size > 1000
+    code, text = told(options, report=True, name=None)
+    page = options.docs.read_text()
+    assert f"| Mamba | {percent(mamba.accuracy['16'])} (99.5) | {percent(mamba.accuracy['32'])} |" in page
+    assert "Small heads, scale: here" in page
+    assert "a second" in told(options, list=True)[1]
+
+
+def test_pieces_make_the_whole(options: Options, tmp_path: Path) -> None:
+    told(options, only="mamba")
+    whole = results(options)["mamba"]
+    other = {"only": "mamba", "runs": tmp_path / "pieces", "results": tmp_path / "pieced"}
+    for _ in range(100):
+        code, text = told(options, minutes=0.0, **other)
+        assert code == 0
+        if "the same command goes on" not in text:
+            break
+        assert "stopped" in text
+    (pieced,) = read_results(tmp_path / "pieced")
+    assert pieced.curve == whole.curve
+    assert pieced.accuracy == whole.accuracy
+
+
+def test_a_finished_run_is_not_done_again(options: Options) -> None:
+    told(options, only="mamba")
+    before = results(options)["mamba"]
+    told(options, only="mamba")
+    assert results(options)["mamba"].curve == before.curve
+
+
+def test_other_settings_do_not_go_on(options: Options) -> None:
+    told(options, only="mamba", minutes=0.0)
+    file = options.experiments / "small_heads.toml"
+    file.write_text(EXPERIMENT.replace("batch_size = 4", "batch_size = 5"))
+    with pytest.raises(CheckpointError, match="made with other settings"):
+        told(options, only="mamba")
+
+
+def test_words_for_what_is_not_there(options: Options) -> None:
+    with pytest.raises(ConfigError, match=r"no experiment 'large_heads'.*small_heads"):
+        told(options, name="large-heads")
+    with pytest.raises(ConfigError, match="small_heads has no 'lstm', it has mamba, attention"):
+        told(options, only="lstm")
+    with pytest.raises(ConfigError, match="name an experiment"):
+        told(options, name=None)
+    (options.results / "small_heads").mkdir(parents=True)
+    (options.results / "small_heads" / "mamba-here-seed0.json").write_text(json.dumps({"steps": 3}))
+    with pytest.raises(StorageError, match="is no result"):
+        told(options, report=True)
+
+
+def test_the_command_line_knows_it(options: Options, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["reproduce", "--list", "--experiments", str(options.experiments), "--results", str(options.results)]
+    assert main(arguments) == 0
+    assert "small-heads" in capsys.readouterr().out
+
+
+def test_figures_as_one_says_them() -> None:
+    assert percent(1.0) == "100.0"
+    assert percent(0.99999) == "99.9+"
+    assert percent(0.123) == "12.3"
+    assert [duration(s) for s in (5, 600, 9000)] == ["5 s", "10 min", "2.5 h"]
+
+
+def test_selective_copying_shows_what_the_selection_does(options: Options) -> None:
+    text = EXPERIMENT.replace('"induction_heads"', '"selective_copying"').replace(
+        "length = 16, ", "tokens = 2, length = 16, "
+    )
+    (options.experiments / "small_heads.toml").write_text(text)
+    told(options, only="mamba")
+    assert (options.results / "small_heads" / "selection-here.png").stat().st_size > 1000

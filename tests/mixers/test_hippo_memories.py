@@ -1,0 +1,260 @@
+"""LMU, HiPPO-RNN and LSSL against their papers' equations written out, and what their memories hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longscan.errors import ArgumentError
+from longscan.mixers import LMU, LSSL, HiPPO
+from longscan.statespace import discretise_dense, transition
+from longscan.statespace.reconstruction import basis, memorise, reconstruct
+
+double = torch.float64
+
+
+def moved(mixer: torch.nn.Module) -> Any:
+    """Every parameter off its first value."""
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return mixer
+
+
+def white_signals(count: int, length: int, highest: int) -> Tensor:
+    """Random signals of frequencies up to ``highest`` a window, 0 at the start, of amplitude 1: (count, length)."""
+    waves = torch.zeros(count, length // 2 + 1, dtype=torch.complex128)
+    top = 1 + highest * length // 1000
+    waves[:, 1:top] = torch.randn(count, top - 1, dtype=torch.complex128)
+    signals = torch.fft.irfft(waves, length)
+    signals -= signals[:, :1].clone()
+    return signals / signals.abs().amax(dim=1, keepdim=True)
+
+
+def test_the_delay_network_delays() -> None:
+    """The capacity task of the LMU paper (section 3.1): order 100, white signals up to 10 Hz, five delays within theta.
+
+    The read-outs are the Legendre polynomials, as the authors start theirs. 1 s is 1000 steps, theta is 1 s.
+    """
+    torch.manual_seed(0)
+    theta, length = 1000, 2500
+    signals = white_signals(8, length, 10)
+    mixer = LMU(1, order=100, theta=theta, parallel=True, dtype=double)
+    memory = mixer.remember(signals[..., None])[:, :, 0]
+    for ago in (0.0, 0.25, 0.5, 0.75, 1.0):
+        steps = int(ago * theta)
+        target = signals[:, theta - steps : length - steps]
+        # A held sample is half a step old on average, which is most of the error.
+        found, half_a_step_on = reconstruct(memory, "lmu", torch.tensor([ago, ago + 0.5 / theta])).unbind(-1)
+        assert (found[:, theta:] - target).square().mean() < 1e-4
+        if 0 < ago < 1:
+            assert (half_a_step_on[:, theta:] - target).square().mean() < 1e-8
+
+
+def test_the_delay_network_is_exact_for_slow_signals_in_float32() -> None:
+    theta, length = 200, 1000
+    mixer = LMU(1, order=12, theta=theta, parallel=True)
+    time = torch.arange(length) + 0.5
+    signal = torch.sin(time / 40)
+    memory = mixer.remember(signal[None, :, None])[0, -1, 0]
+    ago = torch.linspace(0, 1, 21)
+    torch.testing.assert_close(
+        reconstruct(memory, "lmu", ago), torch.sin((length - theta * ago) / 40), rtol=0, atol=2e-3
+    )
+
+
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 70])
+def test_remembering_at_once_is_step_by_step(length: int) -> None:
+    torch.manual_seed(0)
+    mixer = LMU(3, order=5, theta=9, d_memory=2, parallel=True, dtype=double)
+    u, memory = torch.randn(2, length, 2, dtype=double), torch.randn(2, 2, 5, dtype=double)
+    A_bar, B_bar = discretise_dense(*transition("lmu", 5), 1 / 9, "zoh")
+    expected, m = [], memory
+    for t in range(length):
+        m = torch.einsum("nk,bdk->bdn", A_bar, m) + u[:, t, :, None] * B_bar
+        expected.append(m)
+    torch.testing.assert_close(mixer.remember(u, memory), torch.stack(expected, dim=1))
+
+
+def test_lmu_is_the_papers_cell() -> None:
+    """Equations 4, 6 and 7, with one signal."""
+    torch.manual_seed(0)
+    mixer = moved(LMU(3, order=4, theta=7, d_hidden=3, dtype=double))
+    x = torch.randn(5, 3, dtype=double)
+    e_x, W_x = mixer.in_proj.weight[0], mixer.in_proj.weight[1:]
+    e_h, e_m = mixer.encoder.weight[0].split([3, 4])
+    W_h, W_m = mixer.hidden_proj.weight, mixer.memory_proj.weight
+    A_bar, B_bar = discretise_dense(*transition("lmu", 4), 1 / 7, "zoh")
+    h, m = torch.zeros(3, dtype=double), torch.zeros(4, dtype=double)
+    for t in range(5):
+        u = e_x @ x[t] + e_h @ h + e_m @ m
+        m = A_bar @ m + B_bar * u
+        h = torch.tanh(W_x @ x[t] + W_h @ h + W_m @ m)
+        torch.testing.assert_close(mixer(x[None])[0][0, t], h)
+
+
+def test_lmu_has_the_papers_parameters() -> None:
+    """Permuted sequential MNIST: 102,027 trained numbers, of which 2,130 are the classifier's."""
+    cell = LMU(1, order=256, theta=784, d_hidden=212)
+    assert sum(p.numel() for name, p in cell.named_parameters() if name != "out_proj.weight") == 102_027 - 2_130
+    assert sum(buffer.numel() for buffer in cell.buffers()) == 256 * 256 + 256
+
+
+def test_the_parallel_form_is_the_cell_without_feedback() -> None:
+    torch.manual_seed(0)
+    parallel = moved(LMU(4, order=6, theta=5, d_memory=2, parallel=True, bias=True, dtype=double))
+    cell = LMU(4, order=6, theta=5, d_memory=2, bias=True, dtype=double)
+    cell.load_state_dict(parallel.state_dict(), strict=False)
+    torch.nn.init.zeros_(cell.hidden_proj.weight)
+    x = torch.randn(2, 40, 4, dtype=double)
+    torch.testing.assert_close(parallel(x)[0], cell(x)[0])
+
+
+@pytest.mark.parametrize("discretisation", ["bilinear", "backward_euler"])
+def test_hippo_is_the_papers_cell(discretisation: str) -> None:
+    torch.manual_seed(0)
+    mixer = moved(HiPPO(3, order=4, discretisation=discretisation, dtype=double))
+    x = torch.randn(6, 3, dtype=double)
+    (W_u, W_g, W_h), (b_u, b_g, b_h) = (part.split([1, 3, 3]) for part in (mixer.in_proj.weight, mixer.in_proj.bias))
+    V_g, V_h = mixer.memory_proj.weight.split([3, 3])
+    A, B = transition("legs", 4)
+    h, m = torch.zeros(3, dtype=double), torch.zeros(4, dtype=double)
+    for t in range(6):
+        A_bar, B_bar = discretise_dense(A, B, 1 / (t + 1), discretisation)
+        u = W_u[0] @ x[t] + mixer.encoder.weight[0] @ h + b_u[0]
+        m = A_bar @ m + B_bar * u
+        g = torch.sigmoid(W_g @ x[t] + V_g @ m + b_g)
+        h = (1 - g) * h + g * torch.tanh(W_h @ x[t] + V_h @ m + b_h)
+        torch.testing.assert_close(mixer(x[None])[0][0, t], h)
+
+
+def test_hippos_memory_is_the_signals_projection() -> None:
+    """With rows at different times, as after packed sequences, each has its own clock."""
+    torch.manual_seed(0)
+    mixer = HiPPO(2, order=5, dtype=double)
+    signal = torch.randn(2, 9, dtype=double)
+    memory, clock = torch.zeros(2, 1, 5, dtype=double), torch.tensor([0, 0])
+    for t in range(9):
+        now = mixer.remember(memory, signal[:, t : t + 1], clock)
+        # The second row starts three steps late.
+        late = torch.tensor([True, t >= 3])
+        memory, clock = torch.where(late[:, None, None], now, memory), clock + late
+    expected = memorise(signal, "legs", 5, method="bilinear")[0, -1]
+    torch.testing.assert_close(memory[0, 0], expected)
+    expected = memorise(signal[:, 3:], "legs", 5, method="bilinear")[1, -1]
+    torch.testing.assert_close(memory[1, 0], expected)
+
+
+def test_legs_keeps_its_scale_over_a_long_sequence() -> None:
+    """A constant stays a constant, in float32, thousands of steps on."""
+    mixer = HiPPO(2, order=32)
+    memory = torch.zeros(1, 1, 32)
+    for t in range(3000):
+        memory = mixer.remember(memory, torch.ones(1, 1), torch.tensor([t]))
+    past = reconstruct(memory[0, 0], "legs", torch.linspace(0, 0.9, 10))
+    torch.testing.assert_close(past, torch.ones(10), rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("measure", ["legs", "legt", "lagt"])
+def test_lssl_is_its_recurrence(fixed: bool, measure: str) -> None:
+    torch.manual_seed(0)
+    mixer = LSSL(3, d_state=6, measure=measure, fixed=fixed, dtype=double)
+    x = torch.randn(1, 37, 3, dtype=double)
+    A_bar, B_bar = mixer.system()
+    if not fixed:
+        A, B = transition(measure, 6)
+        for channel, dt in enumerate(mixer.log_dt.exp().tolist()):
+            one, other = discretise_dense(A, B, dt, "bilinear")
+            torch.testing.assert_close(A_bar[channel], one)
+            torch.testing.assert_close(B_bar[channel], other)
+    h, outputs, kernel, column = torch.zeros(3, 6, dtype=double), [], [], B_bar
+    for t in range(37):
+        h = torch.einsum("dnm,dm->dn", A_bar, h) + B_bar * x[0, t, :, None]
+        outputs.append((mixer.C * h).sum(-1) + mixer.D * x[0, t])
+        kernel.append((mixer.C * column).sum(-1))
+        column = torch.einsum("dnm,dm->dn", A_bar, column)
+    torch.testing.assert_close(mixer(x)[0][0], mixer.out_proj(F.gelu(torch.stack(outputs))))
+    torch.testing.assert_close(mixer.convolution_kernel(37), torch.stack(kernel, dim=1))
+
+
+def test_lssl_in_float32_stays_near_float64_over_a_long_sequence() -> None:
+    """HiPPO's A + A^T is at most 0, so powers of A_bar never grow, not even for a while."""
+    torch.manual_seed(0)
+    mixer = LSSL(4, d_state=64)
+    exact = LSSL(4, d_state=64).double()
+    exact.load_state_dict(mixer.state_dict())
+    kernel, expected = mixer.convolution_kernel(4096), exact.convolution_kernel(4096)
+    assert (kernel - expected).abs().max() < 2e-4 * expected.abs().max()
+
+
+def test_lssl_keeps_states_times_length_for_training() -> None:
+    """The cost that the S4 paper sets out to remove; what streams is small."""
+    mixer, length, saved = LSSL(4, d_state=16), 500, []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.numel()), t)[1], lambda t: t):
+        mixer.convolution_kernel(length)
+    assert sum(saved) > 4 * 16 * length
+    assert mixer.state_bytes(2, length) == 2 * 4 * 16 * 4
+
+
+def test_buffers_stay_float32_in_low_precision() -> None:
+    for mixer, names in ((LMU(4, order=4), "A_bar B_bar"), (HiPPO(4), "A B"), (LSSL(4, fixed=True), "A_bar B_bar")):
+        before = {name: getattr(mixer, name).clone() for name in names.split()}
+        mixer.to(torch.bfloat16).to("cpu").to(torch.float16)
+        for name, value in before.items():
+            assert torch.equal(getattr(mixer, name), value)
+            assert getattr(mixer, name).dtype == torch.float32
+
+
+def test_fixed_lssl_trains_only_what_reads_it() -> None:
+    assert {name for name, _ in LSSL(4, fixed=True).named_parameters()} == {
+        "C",
+        "D",
+        "out_proj.weight",
+        "out_proj.bias",
+    }
+    assert LSSL(4, fixed=True).capturable
+    assert not LSSL(4).capturable
+    learned = {name for name, _ in LSSL(4).named_parameters()}
+    assert {"A", "B", "log_dt"} < learned
+
+
+def test_the_lmu_reads_delays_off_by_the_basis() -> None:
+    """At no delay every polynomial is (-1)^n, at the whole window 1."""
+    values = basis("lmu", 4, torch.tensor([0.0, 1.0]))
+    torch.testing.assert_close(values, torch.tensor([[1.0, -1, 1, -1], [1, 1, 1, 1]], dtype=double))
+
+
+@pytest.mark.parametrize(
+    ("mixer", "options", "words"),
+    [
+        (LMU, {"order": 0}, "order"),
+        (LMU, {"theta": 0}, "theta"),
+        (LMU, {"discretisation": "euler"}, "zoh, bilinear, backward_euler"),
+        (HiPPO, {"d_memory": 0}, "d_memory"),
+        (HiPPO, {"measure": "legt"}, "window"),
+        (HiPPO, {"window": 5}, "None for 'legs'"),
+        (HiPPO, {"discretisation": "euler"}, "bilinear, backward_euler"),
+        (HiPPO, {"order": 0}, "order"),
+        (LSSL, {"measure": "hippo"}, "legs, legt"),
+        (LSSL, {"d_state": 0}, "size"),
+        (LSSL, {"discretisation": "gbt"}, "alpha"),
+        (LSSL, {"discretisation": "rk4", "fixed": True}, "rk4"),
+        (LSSL, {"dt_min": 1.0}, "dt_min"),
+    ],
+)
+def test_options_that_make_no_sense(mixer: Any, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ArgumentError, match=words):
+        mixer(4, **options)
+
+
+def test_sizes_that_make_no_sense() -> None:
+    for mixer in (LMU, HiPPO, LSSL):
+        with pytest.raises(ArgumentError, match="d_model"):
+            mixer(0)
+    with pytest.raises(ArgumentError, match="length"):
+        LSSL(4).convolution_kernel(0)
