@@ -39,6 +39,9 @@ PEERS = (
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+#: Int8 weights with float32 activations: what some benchmarks measure beside dtypes.
+INT8 = "int8"
+
 #: Largest relative difference (root mean square) from the definition with which a contender's time still counts. What
 #: half precision rounds away adds up over the layers of a model.
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
@@ -75,8 +78,8 @@ class Settings:
             if name not in PEERS:
                 raise ArgumentError(f"peers: got {name!r}; allowed are {', '.join(PEERS)}")
         for name in self.dtypes or ():
-            if name not in DTYPES:
-                raise ArgumentError(f"dtype: got {name!r}; allowed are {', '.join(DTYPES)}")
+            if name not in (*DTYPES, INT8):
+                raise ArgumentError(f"dtype: got {name!r}; allowed are {', '.join((*DTYPES, INT8))}")
         if self.repeats < 1:
             raise ArgumentError(f"repeats: got {self.repeats}, expected at least 1")
 
@@ -94,7 +97,9 @@ class Settings:
         return self.shapes or defaults
 
     def dtypes_of(self, *defaults: str) -> tuple[str, ...]:
-        """The names of dtypes asked for, else `defaults`."""
+        """The names of dtypes asked for, else `defaults`; int8 only where it is one of these."""
+        if INT8 in (self.dtypes or ()) and INT8 not in defaults:
+            raise ArgumentError("dtype: int8 weights are measured by decode, on the CPU")
         return self.dtypes or defaults
 
     def peers_of(self, *possible: str, slow_on_gpu: Sequence[str] = (), on_request: Sequence[str] = ()) -> list[str]:

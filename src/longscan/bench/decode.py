@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from longscan import ops
 from longscan.bench import floors
-from longscan.bench.contest import DTYPES, Call, Contender, Settings, beside, compare, describe, floor
+from longscan.bench.contest import DTYPES, INT8, Call, Contender, Settings, beside, compare, describe, floor
 from longscan.bench.models import exact, make_model, random_tokens, shapes_of, weight_bytes
 from longscan.bench.peers import huggingface, llama_cpp, mamba_ssm, mambapy
 from longscan.bench.report import Report, Row
@@ -24,6 +25,7 @@ def run(settings: Settings) -> Report:
 
     One sequence, on a GPU also 128 of them. Everyone is fed the same tokens, and the last scores are compared with
     those of the definition over the whole sequence at once. Choosing a token from the scores is not part of the time.
+    With int8 weights the peer is llama.cpp with its q8_0; both are compared with the definition in float32.
     mamba-ssm decodes as its own `generate(..., cg=True)` does: one token is one replay of its CUDA graph.
     """
     on_cpu = settings.device == "cpu"
@@ -32,8 +34,9 @@ def run(settings: Settings) -> Report:
     rows: list[Row] = []
     bandwidth = floors.read_bandwidth(settings.device)
     for shape in shapes:
-        for dtype in settings.dtypes_of(*(("float32", "bfloat16") if on_cpu else ("bfloat16",))):
-            rows += _measure(shape, dtype, settings, bandwidth)
+        for dtype in settings.dtypes_of(*(("float32", "bfloat16", INT8) if on_cpu else ("bfloat16",))):
+            measure = _measure_int8 if dtype == INT8 else _measure
+            rows += measure(shape, dtype, settings, bandwidth)
     about = {"device": settings.device, "axes": AXES, "shapes": shapes, "bandwidth": bandwidth}
     return Report("decode", "tokens/s", higher_is_better=True, rows=rows, settings=about)
 
@@ -64,6 +67,29 @@ def _measure(shape: tuple[int, ...], dtype: str, settings: Settings, bandwidth: 
     # Measured again: other work on the machine may have slowed the first time.
     bandwidth = max(bandwidth, floors.read_bandwidth(settings.device))
     note = "every weight read, every state read and written, once a token"
+    return beside(rows, [floor(group, "memory", moved / bandwidth, to_value, note)])
+
+
+def _measure_int8(shape: tuple[int, ...], dtype: str, settings: Settings, bandwidth: float) -> list[Row]:
+    layers, d_model, vocabulary, batch, count = shape
+    model = make_model(layers, d_model, vocabulary, torch.float32, settings.device, settings.seed)
+    quantized = copy.deepcopy(model).quantize()
+    tokens = random_tokens(batch * count, vocabulary, settings.seed).view(batch, count)
+    group = describe(shape, dtype)
+    with torch.no_grad(), ops.backend("reference"):
+        truth = exact(model)(tokens, last_only=True)[0]
+
+    def to_value(seconds: float) -> float:
+        return batch * count / seconds
+
+    contenders = [Contender("longscan", "ours", lambda: _ours(quantized, tokens))]
+    for name in settings.peers_of("llama.cpp"):
+        contenders.append(Contender(name, "peer", lambda: _llama_cpp(model, tokens, int8=True), note="q8_0"))
+    moved = count * (weight_bytes(quantized) + 2 * quantized.state_bytes(batch))
+    # Rounding weights to int8 costs about what rounding everything to bfloat16 does.
+    rows = compare(group, contenders, (truth,), settings, dtype=torch.bfloat16, to_value=to_value, moved=moved)
+    bandwidth = max(bandwidth, floors.read_bandwidth(settings.device))
+    note = "every weight and its scale read, every state read and written, once a token"
     return beside(rows, [floor(group, "memory", moved / bandwidth, to_value, note)])
 
 
@@ -118,10 +144,10 @@ def _mambapy(model: LanguageModel, tokens: Tensor) -> Call:
     return call
 
 
-def _llama_cpp(model: LanguageModel, tokens: Tensor) -> Call:
+def _llama_cpp(model: LanguageModel, tokens: Tensor, int8: bool = False) -> Call:
     if model.device.type != "cpu" or tokens.shape[0] != 1:
         raise ImportError("llama.cpp is compared on the CPU only, with one sequence")
-    peer = llama_cpp.Model(model, context=tokens.shape[1], threads=torch.get_num_threads())
+    peer = llama_cpp.Model(model, context=tokens.shape[1], threads=torch.get_num_threads(), int8=int8)
     vocabulary = model.config.vocab_size
 
     def call() -> tuple[Tensor, ...]:

@@ -92,4 +92,4 @@ def training_products(model: LanguageModel, rows: int) -> list[tuple[int, int, i
 
 def weight_bytes(model: LanguageModel) -> int:
     """Bytes of weights that one token reads: all, the tied embedding once, as the head."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))

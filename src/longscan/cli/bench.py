@@ -46,8 +46,8 @@ class Options:
     size: tuple[Literal["130m", "370m", "790m", "1.4b", "2.8b"], ...] = ()
     """Instead of shapes of whole models: their default shapes, at published sizes."""
 
-    dtype: tuple[Literal["float32", "bfloat16", "float16"], ...] = ()
-    """Precisions; by default those that are usual for the operation on this device."""
+    dtype: tuple[Literal["float32", "bfloat16", "float16", "int8"], ...] = ()
+    """Precisions; by default those that are usual for the operation on this device. int8: weights, decode on the CPU."""
 
     device: str | None = None
     """cpu, cuda, xpu or mps; by default the fastest there is."""

@@ -35,6 +35,8 @@ class Options:
     """Where to compute."""
     precision: Literal["float32", "bfloat16"] | None = None
     """"bfloat16": matrix products under autocast; default: the precision the run was trained in."""
+    weights: Literal["saved", "int8"] = "saved"
+    """"int8": matrices in a byte a weight."""
     length: int | None = None
     """Longest context of the loss by position; default: four times the length the run was trained on."""
     output: Path | None = None
@@ -88,7 +90,7 @@ def run(options: Options) -> int:
 
     saved = saved_options(options.run)
     precision = options.precision or saved.training.precision
-    model, tokenizer = load_run(options.run, options.device)
+    model, tokenizer = load_run(options.run, options.device, options.weights)
     text = saved.text
     if options.data is not None:
         text = TextConfig(options.data, saved.text.tokenizer, options.field, options.max_bytes, held_out=1.0)
@@ -97,6 +99,7 @@ def run(options: Options) -> int:
             corpus, _ = prepare(text, tokenizer)
         with display.fraction("held-out part") as progress:
             report = measure(model, corpus, precision=precision, progress=progress)
+        report.update(precision=precision, weights=options.weights)
         display.held_out(report)
         length = options.length or 4 * saved.training.sequence_length
         windows = max(16, 262144 // length)

@@ -38,6 +38,8 @@ class Options:
     """Texts that end the output."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
+    weights: Literal["saved", "int8"] = "saved"
+    """"int8": matrices in a byte a weight: on a CPU about three times as fast as float32."""
 
 
 def choose_device(device: str) -> str:
@@ -55,8 +57,13 @@ def choose_device(device: str) -> str:
     return device
 
 
-def load_run(folder: Path, device: str) -> tuple[Any, Any]:
+def load_run(folder: Path, device: str, weights: str = "saved") -> tuple[Any, Any]:
     """Model and tokenizer of a run: what it ended with, or its newest sound checkpoint if it has not ended yet.
+
+    Args:
+        folder: of the run.
+        device: "auto", "cpu" or "cuda".
+        weights: "saved": as they are; "int8": quantised (:meth:`longscan.LanguageModel.quantize`).
 
     Raises:
         ConfigError: the folder is not a run.
@@ -85,6 +92,8 @@ def load_run(folder: Path, device: str) -> tuple[Any, Any]:
         model = LanguageModel(LanguageModelConfig.from_dict(config["model"]))
     path = source / WEIGHTS_FILE
     load_weights(model, load_tensors(path, device)[0], path)
+    if weights != "saved":
+        model.quantize(weights)
     name = config["text"]["tokenizer"]
     own = folder / TOKENIZER_FILE
     return model.eval(), load_tokenizer(BYTES if name == BYTES else str(own) if own.is_file() else name)
@@ -116,7 +125,7 @@ def stream_sample(
 
 def run(options: Options) -> int:
     """Stream one sample to standard output."""
-    model, tokenizer = load_run(options.run, options.device)
+    model, tokenizer = load_run(options.run, options.device, options.weights)
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     stream_sample(
         model,

@@ -105,10 +105,16 @@ def _harness(options: Options) -> Any:
         read_run(options.run)
     except ConfigError:
         device = choose_device(options.device)
-        return LongscanLM(options.run.as_posix(), tokenizer=options.tokenizer, dtype=dtype, device=device)
+        return LongscanLM(
+            options.run.as_posix(),
+            tokenizer=options.tokenizer,
+            dtype=dtype,
+            weights=options.weights,
+            device=device,
+        )
     if options.tokenizer is not None:
         raise ConfigError(f"tokenizer: {options.run} is a run with a tokenizer of its own; leave it out")
-    model, tokenizer = load_run(options.run, options.device)
+    model, tokenizer = load_run(options.run, options.device, options.weights)
     return LongscanLM(model, tokenizer=tokenizer, dtype=dtype)
 
 
@@ -157,6 +163,7 @@ def _report(results: dict[str, Any], options: Options, harness: Any) -> dict[str
         "model": options.run.as_posix(),
         "limit": options.limit,
         "dtype": str(harness._model.backbone.embedding.weight.dtype).removeprefix("torch."),
+        "weights": harness._model.quantization or "saved",
         "device": str(harness.device),
         "max_length": harness.max_length,
         "tokenizer": harness.tokenizer_name,

@@ -21,8 +21,8 @@ from torch import Tensor
 from longscan.diagnostics.machine import devices
 from longscan.ops import backends, nvrtc
 from longscan.ops.add_rms_norm import add_rms_norm
-from longscan.ops.causal_conv1d import causal_conv1d
 from longscan.ops.cauchy import cauchy
+from longscan.ops.causal_conv1d import causal_conv1d
 from longscan.ops.decay_attention import decay_attention
 from longscan.ops.linear_cross_entropy import linear_cross_entropy
 from longscan.ops.long_conv import long_conv

@@ -42,6 +42,8 @@ class LongscanLM(TemplateLM):
         tokenizer: "bytes", a ``tokenizer.json``, a folder with one, a name on the Hub, or a tokenizer of
             :mod:`longscan.tasks.tokenizers`; default: the model's own, and GPT-NeoX's for mamba-ssm's models.
         dtype: "auto" (as saved), "float32", "bfloat16", "float16" or "float64".
+        weights: "saved", or "int8" to quantise them (:meth:`LanguageModel.quantize`); ``dtype`` is then that of the
+            activations, "auto" float32.
         device: default: the GPU, if there is one.
         max_length: longest context; longer ones lose tokens on the left, and documents are scored window by window,
             as the harness does for all models. None: nothing is cut, the state is carried through.
@@ -64,6 +66,7 @@ class LongscanLM(TemplateLM):
         *,
         tokenizer: str | Tokenizer | None = None,
         dtype: str = "auto",
+        weights: str = "saved",
         device: str | None = None,
         max_length: int | None = 2048,
         tokens_per_pass: int = 8192,
@@ -83,6 +86,8 @@ class LongscanLM(TemplateLM):
         else:
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
             model = LanguageModel.from_pretrained(pretrained, device=device, revision=revision)
+        if weights != "saved":
+            model.quantize(weights)
         self._model = model.eval() if dtype == "auto" else model.eval().to(_DTYPES[dtype])
         self._device = model.device
         if tokenizer is None:

@@ -11,6 +11,7 @@ from longscan.mixers.attention import Attention
 from longscan.mixers.dilated_rnn import DilatedRNN
 from longscan.mixers.h3 import H3
 from longscan.mixers.hippo import HiPPO
+from longscan.mixers.hyena import Hyena
 from longscan.mixers.linear_attention import LinearAttention
 from longscan.mixers.lmu import LMU
 from longscan.mixers.lssl import LSSL
@@ -28,15 +29,16 @@ from longscan.nn.mixer import SequenceMixer
 #: Name in configurations -> class.
 MIXERS: dict[str, type[SequenceMixer]] = {
     "mamba": Mamba,
-    "s6": S6,
-    "mamba2": Mamba2,
     "s4": S4,
+    "mamba2": Mamba2,
+    "s6": S6,
     "s4d": S4D,
     "attention": Attention,
     "linear_attention": LinearAttention,
     "retnet": RetNet,
     "rwkv4": RWKV4,
     "h3": H3,
+    "hyena": Hyena,
     "lstm": LSTM,
     "dilated_rnn": DilatedRNN,
     "lmu": LMU,
@@ -87,9 +89,9 @@ __all__ = [
     "Attention",
     "DilatedRNN",
     "HiPPO",
+    "Hyena",
     "LinearAttention",
     "Mamba",
     "Mamba2",
     "RetNet",
-    "make_mixer",
 ]

@@ -275,7 +275,7 @@ class Mamba(SequenceMixer):
         wide = torch.promote_types(self.A_log.dtype, torch.complex64) if self.is_complex else self.A_log.dtype
         return MambaState(
             conv=torch.zeros(
-                batch, self.d_conv - 1, self.d_inner, device=device, dtype=dtype or self.in_proj.weight.dtype
+                batch, self.d_conv - 1, self.d_inner, device=device, dtype=dtype or self.conv1d.weight.dtype
             ),
             ssm=torch.zeros(batch, self.d_inner, self.num_states, device=device, dtype=wide),
         )

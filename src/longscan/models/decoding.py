@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from longscan.errors import ArgumentError, BackendError
 from longscan.mixers.mamba import Mamba, MambaState
 from longscan.models.chunks import copy_states
+from longscan.nn.int8 import Int8Embedding, Int8Linear
 from longscan.nn.linear import StepProjection, is_plain
 from longscan.nn.norms import AddRMSNorm
 from longscan.nn.state import ModelState
@@ -67,11 +68,11 @@ class CompiledStepper:
         backbone = model.backbone
         layers = [_weights(block) for block in backbone.blocks]
         _check_plain(backbone.embedding, backbone.norm_f, model.lm_head)
-        head = None if model.config.tie_embeddings else model.lm_head.weight
+        head = None if model.config.tie_embeddings else _matrix(model.lm_head)
         make = CudaMambaDecoder if model.device.type == "cuda" else MambaDecoder
         self._decoder: CudaMambaDecoder | MambaDecoder = make(
             layers,
-            embedding=backbone.embedding.weight,
+            embedding=_matrix(backbone.embedding),
             final_norm=backbone.norm_f.weight,
             eps=backbone.norm_f.eps,
             head=head,
@@ -173,21 +174,28 @@ def _weights(block: Block) -> MambaStepWeights:
     return MambaStepWeights(
         norm=block.norm.weight,
         eps=block.norm.eps,
-        in_proj=mixer.in_proj.weight,
+        in_proj=_matrix(mixer.in_proj),
         in_proj_bias=mixer.in_proj.bias,
         conv=mixer.conv1d.weight.squeeze(1),
         conv_bias=mixer.conv1d.bias,
-        x_proj=mixer.x_proj.weight,
-        dt_proj=mixer.dt_proj.weight,
+        x_proj=_matrix(mixer.x_proj),
+        dt_proj=_matrix(mixer.dt_proj),
         dt_bias=mixer.dt_proj.bias,
         A=mixer.A,
         D=mixer.D,
-        out_proj=mixer.out_proj.weight,
+        out_proj=_matrix(mixer.out_proj),
         out_proj_bias=mixer.out_proj.bias,
     )
 
 
+def _matrix(layer: nn.Module) -> Any:
+    """The weight of a plain layer, as it lies in memory."""
+    return layer.matrix if isinstance(layer, (Int8Linear, Int8Embedding)) else layer.weight
+
+
 def _check_plain(*modules: nn.Module) -> None:
     for module in modules:
-        if not is_plain(module, nn.Linear, StepProjection, nn.Conv1d, nn.Embedding, AddRMSNorm):
+        if not is_plain(
+            module, nn.Linear, StepProjection, nn.Conv1d, nn.Embedding, AddRMSNorm, Int8Linear, Int8Embedding
+        ):
             raise BackendError(f"the compiled step reads plain weights, this is more than that: {module}")

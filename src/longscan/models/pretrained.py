@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from longscan.errors import CheckpointError, ConfigError
+from longscan.errors import ArgumentError, CheckpointError, ConfigError
 from longscan.models import formats
 from longscan.models.config import LanguageModelConfig
 from longscan.nn.storage import load_pickled, load_tensors, save_pickled, save_tensors, write_text
@@ -20,6 +20,12 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 PICKLED_FILE = "pytorch_model.bin"
 
+# The key of ours that says how weights are quantised; absent where they are not.
+QUANTIZATION = "quantization"
+
+# Names of what a model with tied embeddings shares.
+_EMBEDDING, _HEAD = "backbone.embedding.", "lm_head."
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -27,17 +33,21 @@ def save_pretrained(model: Any, folder: str | os.PathLike[str], kind: str = "lon
     """Write the configuration and the weights of a model in one of :data:`formats.FORMATS`.
 
     Raises:
-        ConfigError: the format cannot say what the model is.
+        ConfigError: the format cannot say what the model is (:mod:`formats`), or holds no int8 weights.
         StorageError: a file could not be written; what was there before is untouched.
     """
     folder = Path(folder)
     values = formats.write_config(model.config, kind)
+    if model.quantization is not None:
+        if kind != "longscan":
+            raise ConfigError(f"format {kind!r} has no {model.quantization} weights; save it before it is quantised")
+        values[QUANTIZATION] = model.quantization
     tensors = formats.rename(model.state_dict(), kind, out=True)
     if kind == "mamba-ssm":
         save_pickled(folder / PICKLED_FILE, tensors)
     else:
         if model.config.tie_embeddings:
-            del tensors["lm_head.weight"]
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_HEAD)}
         save_tensors(folder / WEIGHTS_FILE, tensors, {"format": "pt"})
     write_text(folder / CONFIG_FILE, json.dumps(values, indent=2) + "\n")
     return folder
@@ -58,12 +68,19 @@ def load_pretrained(
     """
     folder = find_folder(source, revision)
     values = read_json(folder / CONFIG_FILE)
+    quantization = values.pop(QUANTIZATION, None)
     config = _config_of(values, folder / CONFIG_FILE)
     with torch.device("meta"):
-        model = kind(config)
+        model: Any = kind(config)
+    if quantization is not None:
+        try:
+            model.quantize(quantization)
+        except ArgumentError as error:
+            raise CheckpointError(f"{folder / CONFIG_FILE}: {QUANTIZATION}: {error}") from error
     tensors, path = read_weights(folder, device)
     load_weights(model, formats.rename(tensors, formats.recognise(values), out=False), path)
-    return model if dtype is None else model.to(dtype)
+    loaded: M = model if dtype is None else model.to(dtype)
+    return loaded
 
 
 def find_folder(source: str | os.PathLike[str], revision: str | None = None) -> Path:
@@ -160,8 +177,9 @@ def load_weights(model: Any, tensors: dict[str, Tensor], source: str | os.PathLi
         CheckpointError: keys are missing or unknown, or shapes do not fit; the message names ``source`` and the keys.
     """
     tensors = dict(tensors)
-    if model.config.tie_embeddings and "backbone.embedding.weight" in tensors:
-        tensors["lm_head.weight"] = tensors["backbone.embedding.weight"]
+    if model.config.tie_embeddings:
+        shared = {name: tensor for name, tensor in tensors.items() if name.startswith(_EMBEDDING)}
+        tensors.update((_HEAD + name.removeprefix(_EMBEDDING), tensor) for name, tensor in shared.items())
     assign_weights(model, tensors, source)
     model.tie_weights()
 

@@ -48,10 +48,10 @@ class DiagonalSSM(NamedTuple):
         systems = self.log_A_bar.shape[0]
         # Channels that share a system become rows of a batch.
         own = before.unflatten(1, (systems, -1)).transpose(1, 2).flatten(0, 1)
-        rows = u.unflatten(2, (systems, -1)).permute(0, 3, 1, 2).flatten(0, 1)
+        rows = u.unflatten(2, (systems, -1)).permute(0, 3, 2, 1).flatten(0, 1)
         # At step l the old state has decayed by A_bar^(l + 1).
         fading = vandermonde(self.C * torch.exp(self.log_A_bar) * own, self.log_A_bar, length)
-        pulled = self.B_bar * vandermonde_transpose(rows.flip(1).transpose(1, 2), self.log_A_bar)
+        pulled = self.B_bar * vandermonde_transpose(rows.flip(-1), self.log_A_bar)
         after = torch.exp(length * self.log_A_bar) * own + pulled
         y = y + fading.unflatten(0, (batch, -1)).permute(0, 3, 2, 1).flatten(2)
         return y, after.unflatten(0, (batch, -1)).transpose(1, 2).flatten(1, 2)

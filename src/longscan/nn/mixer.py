@@ -149,7 +149,7 @@ class SequenceMixer(nn.Module, abc.ABC):
         """The dtype of the weights, and so of the activations outside autocast; None if all are kept float32, and
         activations of any dtype do."""
         for parameter in self.parameters():
-            if not getattr(parameter, "_keep_float32", False):
+            if parameter.is_floating_point() and not getattr(parameter, "_keep_float32", False):
                 return parameter.dtype
         return None
 

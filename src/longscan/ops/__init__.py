@@ -15,9 +15,9 @@ from longscan.ops.vandermonde import vandermonde, vandermonde_transpose
 __all__ = [
     "add_rms_norm",
     "backend",
+    "cauchy",
     "causal_conv1d",
     "causal_conv1d_update",
-    "cauchy",
     "decay_attention",
     "decay_attention_update",
     "linear_cross_entropy",

@@ -72,7 +72,7 @@ _i1, _i16, _i32, _i64 = ir.IntType(1), ir.IntType(16), ir.IntType(32), ir.IntTyp
 _f32 = ir.FloatType()
 #: LLVM types of a vector of float32, and of its bits.
 FLOATS, INTEGERS = ir.VectorType(_f32, WIDTH), ir.VectorType(_i32, WIDTH)
-_SHORTS, _BITS = ir.VectorType(_i16, WIDTH), ir.VectorType(_i1, WIDTH)
+_BYTES, _SHORTS, _BITS = (ir.VectorType(kind, WIDTH) for kind in (ir.IntType(8), _i16, _i1))
 _LANES = ir.Constant(INTEGERS, list(range(WIDTH)))
 
 
@@ -445,6 +445,24 @@ def store_format(typingctx: Any, value: Any, address: Any, number_format: Any) -
 def store_part(typingctx: Any, value: Any, address: Any, number_format: Any, count: Any) -> Any:
     """store_part(v, address, format, count): the first `count` lanes; the other numbers stay as they are."""
     return types.none(value, address, number_format, count), _storing
+
+
+def _loading_int8(context: Any, builder: Any, sig: Any, values: Any) -> Any:
+    address, *count = (_address(context, builder, v, k) for v, k in zip(values, sig.args, strict=True))
+    numbers = _read(builder, address, _BYTES, count[0] if count else None)
+    return builder.sitofp(builder.sext(numbers, INTEGERS), FLOATS)
+
+
+@intrinsic
+def load_int8(typingctx: Any, address: Any) -> Any:
+    """load_int8(address): `WIDTH` consecutive int8, as float32."""
+    return vector(address), _loading_int8
+
+
+@intrinsic
+def load_int8_part(typingctx: Any, address: Any, count: Any) -> Any:
+    """load_int8_part(address, count): the first `count` of `WIDTH` int8; the other lanes are zero."""
+    return vector(address, count), _loading_int8
 
 
 @intrinsic

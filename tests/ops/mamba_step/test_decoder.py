@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longscan.errors import ArgumentError, BackendError
+from longscan.ops.int8 import Int8Matrix, dequantize, quantize
 from longscan.ops.mamba_step import MambaDecoder, MambaStepWeights, mamba_block_step
 from longscan.ops.mamba_step.decoder import State
+from longscan.ops.mamba_step.weights import Matrix
 
 TOLERANCE = 2e-5
 
@@ -51,6 +54,8 @@ CASES = (
     Case("bfloat16", dtype=torch.bfloat16, state_dtype=torch.bfloat16),
     Case("float16", dtype=torch.float16, state_dtype=torch.float16),
     Case("bfloat16-odd", d_model=27, d_inner=53, d_state=5, dtype=torch.bfloat16),
+    Case("int8", d_model=160, d_inner=256, dt_rank=10, biases=True, dtype=torch.int8),
+    Case("int8-odd", d_model=131, d_inner=300, d_state=5, dt_rank=1, tied=False, dtype=torch.int8),
 )
 BY_NAME = {case.name: case for case in CASES}
 CASE = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -88,8 +93,9 @@ class Model:
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self._generator)
 
-    def matrix(self, *shape: int) -> Tensor:
-        return (self.normal(*shape) / shape[-1] ** 0.5).to(self.case.dtype)
+    def matrix(self, *shape: int) -> Any:
+        matrix = self.normal(*shape) / shape[-1] ** 0.5
+        return quantize(matrix) if self.case.dtype == torch.int8 else matrix.to(self.case.dtype)
 
     def decoder(self) -> MambaDecoder:
         return MambaDecoder(
@@ -113,29 +119,34 @@ class Model:
         c = self.case
         conv, ssm = state
         stream = stream + hidden
-        xz = F.linear(rms_norm(stream, w.norm, w.eps), w.in_proj.double(), double(w.in_proj_bias))
+        xz = F.linear(rms_norm(stream, w.norm, w.eps), exact(w.in_proj), double(w.in_proj_bias))
         x, z = xz.chunk(2, -1)
         window = torch.cat([conv, x[:, None]], 1)
         x = torch.einsum("bkc,ck->bc", window, w.conv.double())
         x = F.silu(x if w.conv_bias is None else x + w.conv_bias)
-        dt, B, C = F.linear(x, w.x_proj.double()).split([c.dt_rank, c.d_state, c.d_state], -1)
-        delta = F.softplus(F.linear(dt, w.dt_proj.double(), double(w.dt_bias)))
+        dt, B, C = F.linear(x, exact(w.x_proj)).split([c.dt_rank, c.d_state, c.d_state], -1)
+        delta = F.softplus(F.linear(dt, exact(w.dt_proj), double(w.dt_bias)))
         ssm = torch.exp(delta[..., None] * w.A) * ssm + (delta * x)[..., None] * B[:, None]
         y = torch.einsum("bcn,bn->bc", ssm, C)
         y = (y if w.D is None else y + w.D * x) * F.silu(z)
-        return F.linear(y, w.out_proj.double(), double(w.out_proj_bias)), stream, (window[:, 1:], ssm)
+        return F.linear(y, exact(w.out_proj), double(w.out_proj_bias)), stream, (window[:, 1:], ssm)
 
     def step(self, tokens: Tensor, states: list[State]) -> tuple[Tensor, list[State]]:
         """Logits and states in float64."""
-        hidden = self.embedding[tokens].double()
+        hidden = exact(self.embedding)[tokens]
         stream, after = torch.zeros_like(hidden), []
         for w, (conv, ssm) in zip(self.layers, states, strict=True):
             hidden, stream, state = self.layer(w, hidden, stream, (conv.double(), ssm.double()))
             after.append(state)
         head = self.embedding if self.head is None else self.head
-        return F.linear(
-            rms_norm(stream + hidden, self.norm, self.case.eps), head.double(), double(self.head_bias)
-        ), after
+        return F.linear(rms_norm(stream + hidden, self.norm, self.case.eps), exact(head), double(self.head_bias)), after
+
+
+def exact(matrix: Matrix) -> Tensor:
+    """What the numbers of a matrix say, in float64."""
+    if not isinstance(matrix, Int8Matrix):
+        return matrix.double()
+    return dequantize(matrix.values, matrix.scales.double())
 
 
 def double(tensor: Tensor | None) -> Tensor | None:
@@ -177,7 +188,7 @@ def test_agrees_with_float64(case: Case, batch: int) -> None:
             assert_close(ssm, ssm_truth, TOLERANCE if t == 0 else coarse)
 
 
-@pytest.mark.parametrize("name", ["mamba", "odd", "bfloat16"])
+@pytest.mark.parametrize("name", ["mamba", "odd", "bfloat16", "int8", "int8-odd"])
 def test_a_row_does_not_depend_on_its_company(name: str) -> None:
     model = Model(BY_NAME[name])
     decoder, states = model.decoder(), model.states(7)

@@ -14,20 +14,23 @@ from torch import Tensor
 from longscan.mixers import Mamba
 from longscan.models import Block, LanguageModel
 
+_QUANTISED = ("token_embd.weight", "ssm_in.weight", "ssm_x.weight", "ssm_out.weight")
+
 
 class Model:
-    """A Mamba of ours in llama.cpp, float32 or bfloat16 weights as ours has, on the CPU.
+    """A Mamba of ours in llama.cpp, float32 or bfloat16 weights as ours has, or int8, on the CPU.
 
     Args:
         model: the weights.
         context: tokens it is made for.
         threads: threads of every call.
+        int8: quantise the matrices to its `q8_0`.
 
     Raises:
         ImportError: llama-cpp-python or gguf is not installed.
     """
 
-    def __init__(self, model: LanguageModel, context: int, threads: int) -> None:
+    def __init__(self, model: LanguageModel, context: int, threads: int, int8: bool = False) -> None:
         import llama_cpp
 
         self._api: Any = llama_cpp
@@ -36,7 +39,7 @@ class Model:
         llama_cpp.llama_log_set(self._callback, ctypes.c_void_p(0))
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.gguf"
-            write_gguf(model, path)
+            write_gguf(model, path, int8)
             options = llama_cpp.llama_model_default_params()
             options.n_gpu_layers = 0
             options.use_mmap = False
@@ -70,8 +73,11 @@ class Model:
             self._api.llama_model_free(self._model)
 
 
-def write_gguf(model: LanguageModel, path: Path) -> None:
-    """Writes the weights under llama.cpp's names, matrices in our weights' dtype and vectors in float32."""
+def write_gguf(model: LanguageModel, path: Path, int8: bool = False) -> None:
+    """Writes the weights under llama.cpp's names, vectors in float32, matrices in our weights' dtype or as `q8_0`.
+
+    As its own quantiser does, those whose rows are no whole groups of 32 and those of the convolution stay as they are.
+    """
     import gguf
 
     config = model.config
@@ -93,8 +99,13 @@ def write_gguf(model: LanguageModel, path: Path) -> None:
 
     def add(name: str, tensor: Tensor) -> None:
         values = tensor.detach().float().cpu().contiguous().numpy()
-        if tensor.dtype == torch.bfloat16 and tensor.dim() == 2:
-            kind = gguf.GGMLQuantizationType.BF16
+        kinds = gguf.GGMLQuantizationType
+        kind = kinds.F32
+        if int8 and tensor.dim() == 2 and tensor.shape[1] % 32 == 0 and name.endswith(_QUANTISED):
+            kind = kinds.Q8_0
+        elif tensor.dtype == torch.bfloat16 and tensor.dim() == 2:
+            kind = kinds.BF16
+        if kind != kinds.F32:
             writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
         else:
             writer.add_tensor(name, values)

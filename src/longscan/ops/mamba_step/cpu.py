@@ -20,7 +20,7 @@ import numpy as np
 from numba import carray
 
 from longscan.ops.jit import c_function, inline, kernel, parallel_kernel, prange
-from longscan.ops.mamba_step.products import product
+from longscan.ops.mamba_step.products import INT8, product
 from longscan.ops.mamba_step.tasks import call_at, fetch, fetch_add, int64_pointer, wait_until
 from longscan.ops.mamba_step.weights import Field
 from longscan.ops.simd import (
@@ -39,12 +39,13 @@ from longscan.ops.simd_math import exp2_product, silu, softplus
 # What a call hands over, int64: sizes, then addresses (0: absent).
 D_MODEL, D_INNER, D_STATE, DT_RANK, D_CONV, VOCABULARY, BATCH, LAYERS = range(8)
 HIDDEN, STREAMS, X, GATE, MIXED, DELTA, Y, NORMED, CLAIMED, DONE = range(8, 18)
-LOGITS, HEAD, HEAD_KIND, HEAD_BIAS, FINAL_NORM = range(18, 23)
-IN_TASKS, MIX_TASKS, SCAN_TASKS, OUT_TASKS, HEAD_TASKS = range(23, 28)
-ARGUMENTS = 28
+LOGITS, HEAD, HEAD_KIND, HEAD_SCALES, HEAD_BIAS, FINAL_NORM = range(18, 24)
+IN_TASKS, MIX_TASKS, SCAN_TASKS, OUT_TASKS, HEAD_TASKS = range(24, 29)
+ARGUMENTS = 29
 
-NORM, IN_PROJ, IN_PROJ_KIND, IN_PROJ_BIAS, CONV, CONV_BIAS, X_PROJ, X_PROJ_KIND = map(int, list(Field)[:8])
-DT_PROJ, DT_PROJ_KIND, DT_BIAS, A_, D_, OUT_PROJ, OUT_PROJ_KIND, OUT_PROJ_BIAS = map(int, list(Field)[8:])
+NORM, IN_PROJ, IN_PROJ_KIND, IN_PROJ_SCALES, IN_PROJ_BIAS, CONV, CONV_BIAS = map(int, list(Field)[:7])
+X_PROJ, X_PROJ_KIND, X_PROJ_SCALES, DT_PROJ, DT_PROJ_KIND, DT_PROJ_SCALES, DT_BIAS = map(int, list(Field)[7:14])
+A_, D_, OUT_PROJ, OUT_PROJ_KIND, OUT_PROJ_SCALES, OUT_PROJ_BIAS = map(int, list(Field)[14:])
 
 FIELDS = len(Field)
 
@@ -54,7 +55,7 @@ CHANNEL_UNIT, ROW_UNIT = 16, 4
 
 @inline
 def _item(form):  # type: ignore[no-untyped-def]
-    return 4 if form == FLOAT32 else 2
+    return 4 if form == FLOAT32 else 1 if form == INT8 else 2
 
 
 @inline
@@ -137,7 +138,7 @@ def _advance(a, w, ssm_state, first, last):  # type: ignore[no-untyped-def]
     d_inner, d_state, dt_rank = a[D_INNER], a[D_STATE], a[DT_RANK]
     mixed_stride = 4 * (dt_rank + 2 * d_state)
     product(
-        w[DT_PROJ_KIND], w[DT_PROJ], first, last, dt_rank, w[DT_BIAS],
+        w[DT_PROJ_KIND], w[DT_PROJ], w[DT_PROJ_SCALES], first, last, dt_rank, w[DT_BIAS],
         a[MIXED], mixed_stride, a[BATCH], a[DELTA] + 4 * first, 4 * d_inner,
     )  # fmt: skip
     for b in range(a[BATCH]):
@@ -196,7 +197,7 @@ def _one_thread(thread, arguments, weights, state_addresses, epsilons):  # type:
                 _normalise(a, load_scalar(epsilons + 4 * layer), a[FINAL_NORM], layer, False, normed)
                 prepared = layer
             product(
-                a[HEAD_KIND], a[HEAD], first, last, d_model, a[HEAD_BIAS],
+                a[HEAD_KIND], a[HEAD], a[HEAD_SCALES], first, last, d_model, a[HEAD_BIAS],
                 normed, 4 * d_model, batch, a[LOGITS] + 4 * first, 4 * a[VOCABULARY],
             )  # fmt: skip
         elif task < mix:
@@ -210,8 +211,8 @@ def _one_thread(thread, arguments, weights, state_addresses, epsilons):  # type:
             _fetch_small(a, w, states[layer, 0], states[layer, 1], states[layer, 2], first, last)
             for half in range(2):
                 product(
-                    w[IN_PROJ_KIND], w[IN_PROJ], half * d_inner + first, half * d_inner + last, d_model,
-                    w[IN_PROJ_BIAS], normed, 4 * d_model, batch, a[X + half] + 4 * first, 4 * d_inner,
+                    w[IN_PROJ_KIND], w[IN_PROJ], w[IN_PROJ_SCALES], half * d_inner + first, half * d_inner + last,
+                    d_model, w[IN_PROJ_BIAS], normed, 4 * d_model, batch, a[X + half] + 4 * first, 4 * d_inner,
                 )  # fmt: skip
             _convolve(a, w, states[layer, 0], states[layer, 1], first, last)
         elif task < scan:
@@ -220,7 +221,7 @@ def _one_thread(thread, arguments, weights, state_addresses, epsilons):  # type:
             row = d_inner * _item(w[X_PROJ_KIND])
             wait_until(a[DONE], begun + mix, w[X_PROJ] + first * row, w[X_PROJ] + last * row)
             product(
-                w[X_PROJ_KIND], w[X_PROJ], first, last, d_inner, 0,
+                w[X_PROJ_KIND], w[X_PROJ], w[X_PROJ_SCALES], first, last, d_inner, 0,
                 a[X], 4 * d_inner, batch, a[MIXED] + 4 * first, 4 * mixed,
             )  # fmt: skip
         elif task < out:
@@ -235,7 +236,7 @@ def _one_thread(thread, arguments, weights, state_addresses, epsilons):  # type:
             row = d_inner * _item(w[OUT_PROJ_KIND])
             wait_until(a[DONE], begun + out, w[OUT_PROJ] + first * row, w[OUT_PROJ] + last * row)
             product(
-                w[OUT_PROJ_KIND], w[OUT_PROJ], first, last, d_inner, w[OUT_PROJ_BIAS],
+                w[OUT_PROJ_KIND], w[OUT_PROJ], w[OUT_PROJ_SCALES], first, last, d_inner, w[OUT_PROJ_BIAS],
                 a[Y], 4 * d_inner, batch, a[HIDDEN] + 4 * first, 4 * d_model,
             )  # fmt: skip
         fetch_add(a[DONE], 1)

@@ -72,6 +72,8 @@ class CudaMambaDecoder:
         if reason is not None:
             raise BackendError(f"the compiled step cannot run here: {reason}")
         dtypes = {matrix.dtype for matrix in (*self.weights.matrices, embedding)}
+        if torch.int8 in dtypes:
+            raise BackendError("layers, head: got int8 weights, which the compiled step reads on the CPU only")
         if len(dtypes) > 1:
             raise BackendError(f"layers, head: got matrices of {sorted(map(str, dtypes))}, expected one dtype")
         (self.dtype,) = dtypes

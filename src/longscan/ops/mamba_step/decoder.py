@@ -12,7 +12,8 @@ from torch import Tensor
 
 from longscan.errors import ArgumentError, BackendError
 from longscan.ops.checks import check_shape
-from longscan.ops.mamba_step.weights import KINDS, MambaModelWeights, MambaStepWeights, private_float32
+from longscan.ops.int8 import Int8Matrix
+from longscan.ops.mamba_step.weights import KINDS, MambaModelWeights, MambaStepWeights, Matrix, private_float32
 
 if TYPE_CHECKING:
     from longscan.ops.mamba_step.workspace import Workspace
@@ -25,7 +26,7 @@ class Head:
     """The last phase of a step: the final norm, and the head's product to `logits`."""
 
     logits: Tensor
-    matrix: Tensor
+    matrix: Matrix
     bias: Tensor | None
     norm: Tensor
 
@@ -35,7 +36,7 @@ class MambaDecoder:
 
     Args:
         layers: at least one, all of the same sizes.
-        embedding: (vocabulary, d_model), float32, bfloat16 or float16; needed by `step`.
+        embedding: (vocabulary, d_model), float32, bfloat16, float16 or an `Int8Matrix`; needed by `step`.
         final_norm: (d_model,), the RMSNorm before the head; needed by `step`.
         head: (vocabulary, d_model); None ties it to the embedding.
         head_bias: (vocabulary,).
@@ -52,9 +53,9 @@ class MambaDecoder:
         self,
         layers: Sequence[MambaStepWeights],
         *,
-        embedding: Tensor | None = None,
+        embedding: Matrix | None = None,
         final_norm: Tensor | None = None,
-        head: Tensor | None = None,
+        head: Matrix | None = None,
         head_bias: Tensor | None = None,
         eps: float = 1e-5,
     ) -> None:
@@ -93,7 +94,8 @@ class MambaDecoder:
         vocabulary = weights.embedding.shape[0]
         if not all(0 <= token < vocabulary for token in tokens.tolist()):
             raise ArgumentError(f"tokens: got {tokens.tolist()}, allowed are 0 to {vocabulary - 1}")
-        hidden = weights.embedding[tokens].to(torch.float32)
+        embedding = weights.embedding
+        hidden = embedding.rows(tokens) if isinstance(embedding, Int8Matrix) else embedding[tokens].float()
         logits = torch.empty(tokens.shape[0], weights.head.shape[0])
         self._run(hidden, None, states, logits)
         return logits

@@ -15,30 +15,39 @@ from torch import Tensor
 
 from longscan.errors import ArgumentError, BackendError
 from longscan.ops.checks import check_shape
+from longscan.ops.int8 import Int8Matrix
 
 #: Numbers by which the compiled code knows the dtypes of weights and states.
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+MATRIX_KINDS = {**KINDS, torch.int8: 3}
+
+#: A weight matrix as it lies in memory.
+Matrix = Tensor | Int8Matrix
 
 
 class Field(IntEnum):
-    """Columns of the table of addresses; a kind is a value of `KINDS`, the address 0 stands for "none"."""
+    """Columns of the table of addresses; a kind is a value of `MATRIX_KINDS`, the address 0 stands for "none"."""
 
     NORM = 0
     IN_PROJ = 1
     IN_PROJ_KIND = 2
-    IN_PROJ_BIAS = 3
-    CONV = 4
-    CONV_BIAS = 5
-    X_PROJ = 6
-    X_PROJ_KIND = 7
-    DT_PROJ = 8
-    DT_PROJ_KIND = 9
-    DT_BIAS = 10
-    A = 11
-    D = 12
-    OUT_PROJ = 13
-    OUT_PROJ_KIND = 14
-    OUT_PROJ_BIAS = 15
+    IN_PROJ_SCALES = 3
+    IN_PROJ_BIAS = 4
+    CONV = 5
+    CONV_BIAS = 6
+    X_PROJ = 7
+    X_PROJ_KIND = 8
+    X_PROJ_SCALES = 9
+    DT_PROJ = 10
+    DT_PROJ_KIND = 11
+    DT_PROJ_SCALES = 12
+    DT_BIAS = 13
+    A = 14
+    D = 15
+    OUT_PROJ = 16
+    OUT_PROJ_KIND = 17
+    OUT_PROJ_SCALES = 18
+    OUT_PROJ_BIAS = 19
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,9 @@ class Sizes:
     d_state: int
     dt_rank: int
     d_conv: int
+
+
+_PROJECTIONS = ("in_proj", "x_proj", "dt_proj", "out_proj")
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,8 +82,8 @@ class MambaStepWeights:
         in_proj_bias, out_proj_bias: (2 d_inner,), (d_model,).
         eps: of the norm.
 
-    The four projections are float32, bfloat16 or float16, contiguous, and used where they lie; everything else is
-    copied to float32 here.
+    The four projections are float32, bfloat16, float16 or an `Int8Matrix`, contiguous, and used where they lie;
+    everything else is copied to float32 here.
 
     Raises:
         ArgumentError: shapes that do not fit together.
@@ -79,13 +91,13 @@ class MambaStepWeights:
     """
 
     norm: Tensor
-    in_proj: Tensor
+    in_proj: Matrix
     conv: Tensor
-    x_proj: Tensor
-    dt_proj: Tensor
+    x_proj: Matrix
+    dt_proj: Matrix
     dt_bias: Tensor
     A: Tensor
-    out_proj: Tensor
+    out_proj: Matrix
     D: Tensor | None = None
     conv_bias: Tensor | None = None
     in_proj_bias: Tensor | None = None
@@ -95,7 +107,7 @@ class MambaStepWeights:
 
     def __post_init__(self) -> None:
         for name in ("in_proj", "conv", "x_proj", "dt_proj", "A"):
-            tensor: Tensor = getattr(self, name)
+            tensor: Matrix = getattr(self, name)
             if tensor.dim() != 2 or 0 in tensor.shape:
                 raise ArgumentError(f"{name}: got shape {tuple(tensor.shape)}, expected two axes, each at least 1")
         (d_inner, d_state), d_model = self.A.shape, self.in_proj.shape[1]
@@ -117,10 +129,11 @@ class MambaStepWeights:
             tensor = getattr(self, name)
             if tensor is not None:
                 check_shape(name, tensor, shape, meaning)
-                check_readable(name, tensor)
+                if name in _PROJECTIONS:
+                    check_matrix(name, tensor)
+                else:
+                    check_readable(name, tensor)
         check_readable("A", self.A)
-        for name in ("in_proj", "x_proj", "dt_proj", "out_proj"):
-            check_matrix(name, getattr(self, name))
         if not self.eps >= 0:
             raise ArgumentError(f"eps: got {self.eps}, expected a number of at least 0")
         object.__setattr__(self, "sizes", sizes)
@@ -137,10 +150,9 @@ class MambaStepWeights:
     def row(self) -> np.ndarray[Any, Any]:
         """Addresses and kinds by `Field`, int64; what they point to lives as long as this object."""
         row = np.zeros(len(Field), dtype=np.int64)
-        for name in ("in_proj", "x_proj", "dt_proj", "out_proj"):
-            matrix: Tensor = getattr(self, name)
-            row[Field[name.upper()]] = matrix.data_ptr()
-            row[Field[name.upper() + "_KIND"]] = KINDS[matrix.dtype]
+        for name in _PROJECTIONS:
+            matrix = address_of(getattr(self, name))
+            row[Field[name.upper()]], row[Field[name.upper() + "_KIND"]], row[Field[name.upper() + "_SCALES"]] = matrix
         for name, vector in self.vectors.items():
             row[Field[name]] = vector.data_ptr()
         return row
@@ -175,9 +187,9 @@ class MambaModelWeights:
     """
 
     layers: tuple[MambaStepWeights, ...]
-    embedding: Tensor | None
+    embedding: Matrix | None
     final_norm: Tensor | None
-    head: Tensor | None
+    head: Matrix | None
     head_bias: Tensor | None
     eps: float
 
@@ -221,7 +233,7 @@ class MambaModelWeights:
         return self.layers[0].device
 
     @property
-    def matrices(self) -> list[Tensor]:
+    def matrices(self) -> list[Matrix]:
         """The layers' projections, and the head if there is one."""
         own = [m for w in self.layers for m in (w.in_proj, w.x_proj, w.dt_proj, w.out_proj)]
         return own if self.head is None else [*own, self.head]
@@ -274,16 +286,26 @@ def private_float32(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
+def address_of(matrix: Matrix) -> tuple[int, int, int]:
+    """Address and kind of a matrix, and the address of its scales, 0 where it has none."""
+    if isinstance(matrix, Int8Matrix):
+        return matrix.values.data_ptr(), MATRIX_KINDS[matrix.dtype], matrix.scales.data_ptr()
+    return matrix.data_ptr(), MATRIX_KINDS[matrix.dtype], 0
+
+
 def check_readable(name: str, tensor: Tensor) -> None:
     """Raises `BackendError` unless the compiled step can read such a tensor, if need be through a copy."""
     if tensor.dtype not in KINDS and tensor.dtype != torch.float64:
         raise BackendError(f"{name}: got {tensor.dtype}, the compiled step takes real floating-point weights")
 
 
-def check_matrix(name: str, tensor: Tensor) -> None:
+def check_matrix(name: str, matrix: Matrix) -> None:
     """Raises `BackendError` unless the compiled step can read such a matrix where it lies."""
-    check_readable(name, tensor)
-    if tensor.dtype not in KINDS:
-        raise BackendError(f"{name}: got {tensor.dtype}, the compiled step takes float32, bfloat16 and float16")
-    if not tensor.is_contiguous():
-        raise BackendError(f"{name}: strides {tensor.stride()} are not contiguous; call .contiguous() first")
+    parts = (matrix.values, matrix.scales) if isinstance(matrix, Int8Matrix) else (matrix,)
+    if isinstance(matrix, Tensor) and matrix.dtype not in KINDS:
+        raise BackendError(
+            f"{name}: got {matrix.dtype}, the compiled step takes float32, bfloat16, float16 and int8 with scales"
+        )
+    for tensor in parts:
+        if not tensor.is_contiguous():
+            raise BackendError(f"{name}: strides {tensor.stride()} are not contiguous; call .contiguous() first")

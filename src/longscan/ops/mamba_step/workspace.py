@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longscan.ops.jit import run
 from longscan.ops.mamba_step import cpu
-from longscan.ops.mamba_step.weights import KINDS, Sizes
+from longscan.ops.mamba_step.weights import Sizes, address_of
 
 if TYPE_CHECKING:
     from longscan.ops.mamba_step.decoder import Head
@@ -70,8 +70,8 @@ class Workspace:
             rows = head.matrix.shape[0]
             a[cpu.VOCABULARY] = rows
             a[cpu.HEAD_TASKS] = _tasks(rows, cpu.ROW_UNIT, _HEAD_TASKS_PER_THREAD * self.threads)
-            a[cpu.LOGITS], a[cpu.HEAD] = head.logits.data_ptr(), head.matrix.data_ptr()
-            a[cpu.HEAD_KIND], a[cpu.FINAL_NORM] = KINDS[head.matrix.dtype], head.norm.data_ptr()
+            a[cpu.LOGITS], a[cpu.FINAL_NORM] = head.logits.data_ptr(), head.norm.data_ptr()
+            a[cpu.HEAD], a[cpu.HEAD_KIND], a[cpu.HEAD_SCALES] = address_of(head.matrix)
             a[cpu.HEAD_BIAS] = 0 if head.bias is None else head.bias.data_ptr()
         self._counters.fill(0)
         function = cpu.one_thread()
