@@ -147,7 +147,7 @@ def _contest(
     try:
         trained = _train(model, trial, settings, lambda *told: progress(name, *told))
         return {**row, **trained, "quality": trial.quality(model), **_costs(model, trial, settings)}
-    except (RuntimeError, MemoryError, FloatingPointError) as error:
+    except (RuntimeError, MemoryError, ValueError, FloatingPointError) as error:
         return {**row, "note": failure(error)}
 
 

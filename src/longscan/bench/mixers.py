@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,10 +21,10 @@ AXES = "batch,length,d_model"
 _PHASES = ("forward", "forward and backward")
 
 #: Seconds of a pass above which a mixer is not run at a length any more, judging by the one before it.
-_LONGEST_PASS = {"cpu": 2.0, "cuda": 5.0}
+_LONGEST_PASS = {"cpu": 0.5, "cuda": 5.0}
 
 #: Seconds for the passes at one length.
-_BUDGET = {"cpu": 0.3, "cuda": 1.0}
+_BUDGET = {"cpu": 0.1, "cuda": 1.0}
 
 
 def default_shapes(device: str) -> tuple[tuple[int, ...], ...]:
@@ -56,8 +58,9 @@ class _Line:
 
     def __init__(self, name: str, dtype: str, settings: Settings) -> None:
         self._name, self._dtype, self._settings = name, dtype, settings
-        #: Of each phase: the lengths and the seconds of a pass so far.
+        #: Of each phase: the lengths and the seconds of a pass so far, and whether it has failed.
         self._seconds: dict[str, list[tuple[int, float]]] = {phase: [] for phase in _PHASES}
+        self._failed: set[str] = set()
 
     def measure(self, shapes: tuple[tuple[int, ...], ...]) -> list[Row]:
         rows = []
@@ -76,38 +79,41 @@ class _Line:
             "series": f"{phase} {self._dtype}",
             "place": shape[1],
         }
+        if phase in self._failed:
+            return Row(**about, note="skipped: fails at a shorter length")
         predicted = self._predict(shape[1], phase)
         if predicted > _LONGEST_PASS.get(settings.device, 5.0):
-            self._seconds[phase].append((shape[1], predicted))
             return Row(**about, note=f"skipped: about {predicted:.0f} s a pass")
         try:
             call = self._prepare(shape, phase)
-            if not self._seconds[phase]:
-                call()  # compiles
+            call()  # compiles, some libraries anew for each length
             first, memory = timed_with_memory(call, settings.device)
             budget = settings.budget or _BUDGET.get(settings.device, 1.0)
             timing = measure(call, settings.device, repeats=settings.repeats, budget=budget, first=first)
-        except (RuntimeError, MemoryError) as error:
-            self._seconds[phase].append((shape[1], float("inf")))
+        except (RuntimeError, MemoryError, ValueError) as error:
+            self._failed.add(phase)
             return Row(**about, note=failure(error))
         self._seconds[phase].append((shape[1], timing.median))
         return Row(**about, timing=timing, value=1e3 * timing.median, memory=memory)
 
     def _predict(self, length: int, phase: str) -> float:
-        """Seconds of a pass: the last one's, and at least in proportion to the length; 0 where there was none."""
+        """Seconds of a pass, from the last two: in proportion to the length at least, to its square at most."""
         known = self._seconds[phase]
         if not known:
             return 0.0
-        before, seconds = known[-1]
-        growth = 1.0
-        if len(known) > 1 and known[-2][1] < float("inf"):
-            growth = max(1.0, (seconds / known[-2][1]) / (before / known[-2][0]))
-        return seconds * growth * length / before
+        (before, seconds), ratio, growth = known[-1], length / known[-1][0], 1.0
+        if len(known) > 1:
+            earlier, fewer = known[-2]
+            growth = math.log(seconds / fewer) / math.log(before / earlier)
+        return seconds * ratio ** min(max(growth, 1.0), 2.0)
 
     def _prepare(self, shape: tuple[int, ...], phase: str) -> Callable[[], object]:
         settings = self._settings
         torch.manual_seed(settings.seed)
-        mixer: SequenceMixer = MIXERS[self._name](shape[2]).to(settings.device, DTYPES[self._dtype])
+        kind = MIXERS[self._name]
+        # Where a mixer has to know how long sequences may get.
+        options = {"max_length": shape[1]} if "max_length" in inspect.signature(kind.__init__).parameters else {}
+        mixer: SequenceMixer = kind(shape[2], **options).to(settings.device, DTYPES[self._dtype])
         generator = torch.Generator().manual_seed(settings.seed)
         x = torch.randn(shape, generator=generator).to(settings.device, DTYPES[self._dtype])
         if phase == "forward":

@@ -7,6 +7,8 @@ from typing import Any
 _AXES = {"lengths": "sequence length", "mixers": "sequence length", "throughput": "batch", "memory": "batch"}
 _OURS = "#1f6fb4"
 _COLOURS = ("#d9822b", "#7d5ba6", "#3a9a5b", "#c2405a", "#6b7683", "#b59a2b", "#2fa3a8", "#8c564b")
+# Where there are more lines than colours.
+_STYLES = ("o-", "s--", "^:")
 
 
 def draw_lines(values: dict[str, Any]) -> Any:
@@ -24,13 +26,16 @@ def draw_lines(values: dict[str, Any]) -> Any:
     names = list(dict.fromkeys(row["contender"] for row in rows))
     ours = next((row["contender"] for row in rows if row["kind"] == "ours"), None)
     others = [name for name in names if name != ours]
-    colours = {name: _COLOURS[index % len(_COLOURS)] for index, name in enumerate(others)}
-    colours[ours or ""] = _OURS
+    looks = {
+        name: (_COLOURS[index % len(_COLOURS)], _STYLES[index // len(_COLOURS) % len(_STYLES)])
+        for index, name in enumerate(others)
+    }
+    looks[ours or ""] = (_OURS, "o-")
     canvas = Figure(figsize=(5.4 * len(series), 4.4), layout="constrained")
     panels = canvas.subplots(1, len(series), squeeze=False)[0]
     for panel, name in zip(panels, series, strict=True):
         own = [row for row in rows if row["series"] == name and row["value"] is not None]
-        _panel(panel, own, ours, colours, values["higher_is_better"])
+        _panel(panel, own, ours, looks, values["higher_is_better"])
         panel.set_title(name, fontsize=9, loc="left")
         panel.set_xlabel(_AXES.get(values["bench"], ""))
     panels[0].set_ylabel(values["unit"])
@@ -38,7 +43,9 @@ def draw_lines(values: dict[str, Any]) -> Any:
     return canvas
 
 
-def _panel(panel: Any, rows: list[dict[str, Any]], ours: str | None, colours: dict[str, str], higher: bool) -> None:
+def _panel(
+    panel: Any, rows: list[dict[str, Any]], ours: str | None, looks: dict[str, tuple[str, str]], higher: bool
+) -> None:
     points: dict[str, dict[int, float]] = {}
     for row in rows:
         points.setdefault(row["contender"], {})[row["place"]] = row["value"]
@@ -48,9 +55,8 @@ def _panel(panel: Any, rows: list[dict[str, Any]], ours: str | None, colours: di
     for name, line in points.items():
         places = sorted(line)
         width = 2.4 if name == ours else 1.4
-        panel.plot(
-            places, [line[x] for x in places], "o-", label=name, color=colours[name], linewidth=width, markersize=3.5
-        )
+        colour, style = looks[name]
+        panel.plot(places, [line[x] for x in places], style, label=name, color=colour, linewidth=width, markersize=3.5)
         shared = [x for x in places if x in best]
         if name != ours and shared:
             at = shared[-1]
@@ -59,14 +65,14 @@ def _panel(panel: Any, rows: list[dict[str, Any]], ours: str | None, colours: di
                 f" {times:.3g}x",
                 (at, line[at]),
                 fontsize=7,
-                color=colours[name],
+                color=colour,
                 va="bottom",
                 ha="right" if len(places) > 1 else "left",
             )
     panel.grid(True, which="major", alpha=0.25)
     panel.tick_params(labelsize=8, which="both")
     if points:
-        panel.legend(fontsize=7, frameon=False)
+        panel.legend(fontsize=7, frameon=False, ncols=1 if len(points) <= len(_COLOURS) else 2)
 
 
 def place_of(values: dict[str, Any]) -> str:
