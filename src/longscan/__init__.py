@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from longscan.mixers import (
+        H3,
         LMU,
         LSSL,
         LSTM,
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
         Attention,
         DilatedRNN,
         HiPPO,
+        Hyena,
         LinearAttention,
         Mamba,
         RetNet,
@@ -28,12 +30,14 @@ __version__ = "0.1.0"
 
 # Name -> module. Imported when first used, so that `import longscan` costs nothing beyond torch.
 _EXPORTS = {
+    "H3": "longscan.mixers",
     "LMU": "longscan.mixers",
     "LSSL": "longscan.mixers",
     "LSTM": "longscan.mixers",
     "Attention": "longscan.mixers",
     "DilatedRNN": "longscan.mixers",
     "HiPPO": "longscan.mixers",
+    "Hyena": "longscan.mixers",
     "LanguageModel": "longscan.models",
     "LanguageModelConfig": "longscan.models",
     "LinearAttention": "longscan.mixers",
@@ -49,6 +53,7 @@ _EXPORTS = {
 }
 
 __all__ = [
+    "H3",
     "LMU",
     "LSSL",
     "LSTM",
@@ -57,6 +62,7 @@ __all__ = [
     "Attention",
     "DilatedRNN",
     "HiPPO",
+    "Hyena",
     "LanguageModel",
     "LanguageModelConfig",
     "LinearAttention",

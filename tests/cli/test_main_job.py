@@ -82,6 +82,16 @@ def test_train_generate_evaluate(place: Path) -> None:
     trained = json.loads((run / "held_out.json").read_text())
     assert report["bits_per_byte"] == trained["bits_per_byte"]
     assert report["by_position"][0]["bits_per_byte"] > 0
+    assert (report["weights"], report["precision"]) == ("saved", "bfloat16")
+    code, out, error = call(place, "evaluate", "runs/first", "--weights", "int8", "--output", "int8.json")
+    assert code == 0, error
+    int8 = json.loads((place / "int8.json").read_text())
+    assert int8["weights"] == "int8"
+    assert int8["bits_per_byte"] == pytest.approx(report["bits_per_byte"], rel=0.005)
+    assert int8["bits_per_byte"] != report["bits_per_byte"]
+    code, out, error = call(place, "generate", "runs/first", "--weights", "int8", "--prompt", "12", "--max-tokens", "5")
+    assert code == 0, error
+    assert out.startswith("12")
     code, out, error = call(place, "evaluate", "runs/first", "--data", "text.txt", "--output", "other.json")
     assert code == 0, error
     assert json.loads((place / "other.json").read_text())["bytes"] == (place / "text.txt").stat().st_size

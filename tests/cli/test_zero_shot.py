@@ -57,6 +57,38 @@ def test_the_paper_s_table(place: Path, capsys: pytest.CaptureFixture[str], monk
         assert word in text
 
 
+@pytest.mark.parametrize(
+    ("options", "dtype", "weights"),
+    [
+        (("--precision", "float32"), "float32", "saved"),
+        (("--precision", "bfloat16"), "bfloat16", "saved"),
+        (("--weights", "int8"), "float32", "int8"),
+        (("--weights", "int8", "--precision", "bfloat16"), "bfloat16", "int8"),
+    ],
+)
+def test_precisions_and_int8(
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...],
+    dtype: str,
+    weights: str,
+) -> None:
+    """The report says what was measured, and likelihoods hardly move."""
+    perplexities = []
+    for i, chosen in enumerate(((), options)):
+        output = tmp_path / f"{i}.json"
+        common = ("--tasks", "last_word", "--include-path", place / "tasks", "--output", output, "--device", "cpu")
+        code, text = call(capsys, monkeypatch, place / "mamba-130m", *common, *chosen)
+        assert code == 0, text
+        report = json.loads(output.read_text())
+        perplexities += [line["value"] for line in report["results"] if line["metric"] == "perplexity"]
+    assert (report["dtype"], report["weights"]) == (dtype, weights)
+    assert perplexities[1] == pytest.approx(perplexities[0], rel=0.02)
+    assert (perplexities[1] == perplexities[0]) == (options[1] == "float32")
+
+
 def test_limit_shots_and_output(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

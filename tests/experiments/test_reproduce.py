@@ -19,8 +19,8 @@ EXPERIMENT = """
 title = "Small heads"
 task = "induction_heads"
 published = "table-1"
-[paper]
 [here]
+[paper]
 cost = "a second"
 task = { length = 16, vocab = 6 }
 recipe = { d_model = 16, n_layer = 1, steps = 12, batch_size = 4 }
@@ -48,6 +48,7 @@ def options(tmp_path: Path) -> Options:
     return Options(
         name="small-heads",
         device="cpu",
+        scale="paper",
         experiments=folder,
         results=tmp_path / "results",
         runs=tmp_path / "runs",
@@ -81,12 +82,22 @@ def test_from_the_file_to_the_page(options: Options) -> None:
     assert mamba.parameters > 1000
     assert f"{percent(mamba.accuracy['16'])} (99.5)" in text
     assert "Someone 2001" in text
-    assert (options.results / "small_heads" / "here.png").stat().st_size > 1000
+    assert (options.results / "small_heads" / "paper.png").stat().st_size > 1000
     code, text = told(options, report=True, name=None)
     page = options.docs.read_text()
     assert f"| Mamba | {percent(mamba.accuracy['16'])} (99.5) | {percent(mamba.accuracy['32'])} |" in page
-    assert "Small heads, scale: here" in page
+    assert "Small heads, scale: paper" in page
     assert "a second" in told(options, list=True)[1]
+
+
+def test_another_scale_is_not_held_against_what_was_published(options: Options) -> None:
+    text = EXPERIMENT.replace("[here]", "[x]").replace("[paper]", "[here]").replace("[x]", "[paper]")
+    (options.experiments / "small_heads.toml").write_text(text)
+    code, shown = told(options, scale="here", only="mamba")
+    assert code == 0
+    assert "99.5" not in shown
+    told(options, report=True, name=None)
+    assert "99.5" not in options.docs.read_text()
 
 
 def test_pieces_make_the_whole(options: Options, tmp_path: Path) -> None:
@@ -127,7 +138,7 @@ def test_words_for_what_is_not_there(options: Options) -> None:
     with pytest.raises(ConfigError, match="name an experiment"):
         told(options, name=None)
     (options.results / "small_heads").mkdir(parents=True)
-    (options.results / "small_heads" / "mamba-here-seed0.json").write_text(json.dumps({"steps": 3}))
+    (options.results / "small_heads" / "mamba-paper-seed0.json").write_text(json.dumps({"steps": 3}))
     with pytest.raises(StorageError, match="is no result"):
         told(options, report=True)
 
@@ -151,4 +162,4 @@ def test_selective_copying_shows_what_the_selection_does(options: Options) -> No
     )
     (options.experiments / "small_heads.toml").write_text(text)
     told(options, only="mamba")
-    assert (options.results / "small_heads" / "selection-here.png").stat().st_size > 1000
+    assert (options.results / "small_heads" / "selection-paper.png").stat().st_size > 1000

@@ -30,6 +30,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "attention-in-h3": ("attention", {"n_heads": 2, "block": "h3"}),
     "s4": ("s4", {"d_state": 4}),
     "s4-legt-plain": ("s4", {"d_state": 6, "measure": "legt", "glu": False}),
+    "s5": ("s5", {"d_state": 8, "blocks": 2}),
+    "s5-bilinear": ("s5", {"d_state": 4, "discretisation": "bilinear", "glu": "full"}),
     "attention": ("attention", {"n_heads": 2}),
     "attention-grouped": ("attention", {"n_heads": 4, "n_kv_heads": 2, "bias": True}),
     "linear-attention": ("linear_attention", {"n_heads": 2}),

@@ -22,7 +22,7 @@ def test_kernel_is_its_definition(discretisation: str, length: int) -> None:
 
 
 def test_dss_exp_is_one_of_its_settings() -> None:
-    """Gupta, Gu and Berant 2022 (arXiv 2203.14343), proposition 1 (a): K_l = Re sum_n W_n (e^(dt a) - 1) / a e^(l dt a)."""
+    """Gupta, Gu and Berant 2022 (arXiv 2203.14343), proposition 1: K_l = Re sum_n W_n (e^(dt a) - 1) / a e^(l dt a)."""
     torch.manual_seed(0)
     mixer = S4D(3, d_state=8, a_init="dss").double()
     A, dt = torch.complex(-mixer.A_log.exp(), mixer.A_imag)[..., None], mixer.log_dt.exp()[:, None, None]

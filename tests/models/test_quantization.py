@@ -1,4 +1,4 @@
-"""Models with int8 weights: how near they stay, that they step, travel through files, and refuse what they cannot be."""
+"""Models with int8 weights: how near they stay, that they step and travel through files, and what they refuse."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def test_a_matrix_refuses_parts_that_do_not_fit() -> None:
     Int8Matrix(values, scales)
     with pytest.raises(ArgumentError, match=r"values: got torch.float32 of shape \(2, 200\), expected int8"):
         Int8Matrix(values.float(), scales)
-    with pytest.raises(ArgumentError, match="scales: got torch.bfloat16, expected float32"):
+    with pytest.raises(ArgumentError, match=r"scales: got torch\.bfloat16, expected float32"):
         Int8Matrix(values, scales.bfloat16())
     with pytest.raises(ArgumentError, match=r"scales: got shape \(2, 1\), expected \(2, 2\)"):
         Int8Matrix(values, scales[:, :1])

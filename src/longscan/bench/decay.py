@@ -113,12 +113,13 @@ def _prepare_peer(inputs: dict[str, Tensor], phase: str, name: str, compared: bo
     def prepare() -> Call:
         peer = _PEERS[name](inputs)
         call = _pass(peer.inputs, phase, peer.call)
-        if not compared or peer.scale is None or phase == "forward":
+        scale = peer.scale
+        if not compared or scale is None or phase == "forward":
             return call
 
         def scaled() -> tuple[Tensor, ...]:
             dq, dk, dv = call()
-            return dq, dk, dv / peer.scale
+            return dq, dk, dv / scale
 
         return scaled
 

@@ -47,7 +47,8 @@ class Options:
     """Instead of shapes of whole models: their default shapes, at published sizes."""
 
     dtype: tuple[Literal["float32", "bfloat16", "float16", "int8"], ...] = ()
-    """Precisions; by default those that are usual for the operation on this device. int8: weights, decode on the CPU."""
+    """Precisions; by default those that are usual for the operation on this device. int8: weights, of decode on the
+    CPU."""
 
     device: str | None = None
     """cpu, cuda, xpu or mps; by default the fastest there is."""

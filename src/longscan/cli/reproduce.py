@@ -26,6 +26,7 @@ from longscan.experiments import (
     Run,
     Settings,
     System,
+    beside,
     read_published,
     read_results,
     read_settings,
@@ -102,7 +103,7 @@ def run(options: Options, console: Console | None = None) -> int:
                 path = options.results / settings.name / f"selection-{settings.scale}.png"
                 console.print(f"written: {plot_selection(done.model, settings.task, path)}")
     results = read_results(options.results, settings.name)
-    console.print(_table(settings, results, published.get(settings.published)))
+    console.print(_table(settings, results, beside(published, settings.published, settings.scale)))
     for path in plot_experiment(results, published, options.results):
         console.print(f"written: {path}")
     return 0

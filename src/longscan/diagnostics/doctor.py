@@ -25,6 +25,7 @@ from longscan.ops.cauchy import cauchy
 from longscan.ops.causal_conv1d import causal_conv1d
 from longscan.ops.decay_attention import decay_attention
 from longscan.ops.linear_cross_entropy import linear_cross_entropy
+from longscan.ops.linear_scan import linear_scan
 from longscan.ops.long_conv import long_conv
 from longscan.ops.selective_scan import selective_scan
 from longscan.ops.vandermonde import vandermonde, vandermonde_transpose
@@ -205,6 +206,10 @@ def _probe_long_conv(case: Any, inputs: dict[str, Any], name: str) -> tuple[Tens
     return tuple(long_conv(**inputs, return_final_state=True, backend=name))
 
 
+def _probe_linear(case: Any, inputs: dict[str, Any], name: str) -> tuple[Tensor, ...]:
+    return tuple(linear_scan(**inputs, return_final_state=True, backend=name))
+
+
 # How to call each operator on one of its cases; one entry per key of `backends.OPERATORS`.
 _PROBES: dict[str, Callable[[Any, dict[str, Any], str], tuple[Tensor, ...]]] = {
     "selective_scan": _probe_scan,
@@ -215,6 +220,7 @@ _PROBES: dict[str, Callable[[Any, dict[str, Any], str], tuple[Tensor, ...]]] = {
     "vandermonde": _probe_vandermonde,
     "cauchy": _probe_cauchy,
     "long_conv": _probe_long_conv,
+    "linear_scan": _probe_linear,
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from longscan.experiments.published import Published, read_published
+from longscan.experiments.published import Published, beside, read_published
 from longscan.experiments.report import results_page
 from longscan.experiments.results import Result, read_results
 from longscan.experiments.running import Run
@@ -15,6 +15,7 @@ __all__ = [
     "Run",
     "Settings",
     "System",
+    "beside",
     "read_published",
     "read_results",
     "read_settings",

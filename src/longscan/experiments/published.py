@@ -28,6 +28,11 @@ class Published:
         return self.figures.get(system, {}).get(length)
 
 
+def beside(published: Mapping[str, Published], name: str, scale: str) -> Published | None:
+    """The table that results of a scale may be held against: at another scale it is another experiment."""
+    return published.get(name) if scale == "paper" else None
+
+
 def read_published(values: Mapping[str, Any], where: str) -> dict[str, Published]:
     """All tables by name, from the file's content.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from longscan.experiments.published import Published
+from longscan.experiments.published import Published, beside
 from longscan.experiments.results import Result
 
 _HEAD = """# Results
@@ -22,7 +22,7 @@ def results_page(results: Iterable[Result], published: Mapping[str, Published]) 
         groups.setdefault((result.experiment, result.scale), []).append(result)
     parts = [_HEAD]
     for (_, scale), members in sorted(groups.items(), key=lambda item: (item[0][0], item[0][1] != "paper")):
-        parts.append(_section(members, scale, published.get(members[0].published)))
+        parts.append(_section(members, scale, beside(published, members[0].published, scale)))
     return "\n".join(parts)
 
 

@@ -22,6 +22,7 @@ from longscan.mixers.retnet import RetNet
 from longscan.mixers.rwkv4 import RWKV4
 from longscan.mixers.s4 import S4
 from longscan.mixers.s4d import S4D
+from longscan.mixers.s5 import S5
 from longscan.mixers.s6 import S6
 from longscan.nn.blocks import BLOCKS
 from longscan.nn.mixer import SequenceMixer
@@ -33,6 +34,7 @@ MIXERS: dict[str, type[SequenceMixer]] = {
     "mamba2": Mamba2,
     "s6": S6,
     "s4d": S4D,
+    "s5": S5,
     "attention": Attention,
     "linear_attention": LinearAttention,
     "retnet": RetNet,
@@ -85,6 +87,7 @@ __all__ = [
     "RWKV4",
     "S4",
     "S4D",
+    "S5",
     "S6",
     "Attention",
     "DilatedRNN",
@@ -94,4 +97,5 @@ __all__ = [
     "Mamba",
     "Mamba2",
     "RetNet",
+    "make_mixer",
 ]

@@ -1,6 +1,6 @@
 r"""H3: two state space models between multiplications, one that recalls the last tokens and one that remembers.
 
-Dao, Fu et al. 2022 (arXiv 2212.14052), section 3 and algorithm 1. With q, k and v projections of x, in heads of
+Fu, Dao et al. 2022 (arXiv 2212.14052), section 3 and algorithm 1. With q, k and v projections of x, in heads of
 head_dim channels:
 
 .. math::

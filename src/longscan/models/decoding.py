@@ -194,8 +194,7 @@ def _matrix(layer: nn.Module) -> Any:
 
 
 def _check_plain(*modules: nn.Module) -> None:
+    kinds = (nn.Linear, StepProjection, Int8Linear, nn.Conv1d, nn.Embedding, Int8Embedding, AddRMSNorm)
     for module in modules:
-        if not is_plain(
-            module, nn.Linear, StepProjection, nn.Conv1d, nn.Embedding, AddRMSNorm, Int8Linear, Int8Embedding
-        ):
+        if not is_plain(module, *kinds):
             raise BackendError(f"the compiled step reads plain weights, this is more than that: {module}")

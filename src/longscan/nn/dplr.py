@@ -1,8 +1,8 @@
 r"""Systems whose A is diagonal plus low rank: their bilinear step, their kernel, and what goes through many steps.
 
 Per channel :math:`\Delta A = \mathrm{diag}(w) - P P^*` and, by the bilinear rule,
-:math:`\bar A = (I - \Delta A / 2)^{-1} (I + \Delta A / 2)`. Of each conjugate pair one is kept: w (channels, n) complex,
-P (rank, channels, n), states (..., channels, n), with n half the order N. Both w and P are scaled by the step Delta.
+:math:`\bar A = (I - \Delta A / 2)^{-1} (I + \Delta A / 2)`. Of each conjugate pair one is kept: w (channels, n)
+complex, P (rank, channels, n), states (..., channels, n), with n half the order N. Both w and P are scaled by the step.
 
 Gu, Goel and Re 2021 (S4, arXiv 2111.00396), appendix C.
 """

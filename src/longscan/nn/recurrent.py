@@ -90,8 +90,8 @@ class Recurrence(nn.Module):
     def _kernel(
         self, data: tuple[Tensor, ...], first: list[Tensor], weights: list[Tensor], layout: tuple[bool, ...]
     ) -> tuple[Tensor, ...]:
-        if self.kind == "lstm" and torch.compiler.is_compiling() and first[0].device.type == "cpu":
-            # oneDNN's kernel, which PyTorch takes here, breaks the compiler: its workspace is None.
+        if self.kind == "lstm" and torch.compiler.is_compiling():
+            # PyTorch's kernels break the compiler: oneDNN's workspace is None, and cuDNN's states get a wrong shape.
             return _lstm_steps(data[0], first, weights)
         # Arguments that follow the weights: has_biases, layers, dropout, train, bidirectional, and batch_first.
         # cuDNN has a backward pass in training mode alone; nothing else depends on it here.

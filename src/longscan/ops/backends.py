@@ -30,6 +30,7 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "decay_attention": ("triton", "chunked", "reference"),
     "vandermonde": ("chunked", "reference"),
     "cauchy": ("cpu", "triton", "chunked", "reference"),
+    "linear_scan": ("cpu", "triton", "chunked", "reference"),
     "long_conv": ("fft", "reference"),
 }
 

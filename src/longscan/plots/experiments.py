@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from longscan.experiments.published import Published
+from longscan.experiments.published import Published, beside
 from longscan.experiments.results import Result
 from longscan.nn.storage import write_atomically
 
@@ -28,7 +28,7 @@ def plot_experiment(results: Sequence[Result], published: Mapping[str, Published
     paths = []
     for scale in dict.fromkeys(result.scale for result in results):
         own = [result for result in results if result.scale == scale]
-        figure = _figure(own, published.get(own[0].published))
+        figure = _figure(own, beside(published, own[0].published, scale))
         path = folder / own[0].experiment / f"{scale}.png"
         paths.append(write_atomically(path, functools.partial(figure.savefig, format="png", dpi=130)))
     return paths

@@ -101,7 +101,7 @@ class SyntheticTrainer:
         # Sums since the last look: loss, right answers, answers.
         self._sums = torch.zeros(3, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._captures = capture and device.type == "cuda"
+        self._captures = capture and device.type == "cuda" and model.backbone.capturable
         self._make_state()
 
     def _new_optimizer(self) -> tuple[torch.optim.Optimizer, Tensor]:

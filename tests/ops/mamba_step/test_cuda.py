@@ -101,7 +101,9 @@ EVEN = [dataclasses.replace(case, state_dtype=case.dtype) for case in _EVEN]
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("batch", [1, 2, 3, FEW - 1, FEW, FEW + 1, 33])
-@pytest.mark.parametrize("case", [*CASES, *EVEN], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [*(case for case in CASES if case.dtype != torch.int8), *EVEN], ids=lambda case: case.name
+)
 def test_agrees_with_float64(case: Case, batch: int) -> None:
     model = Model(case)
     decoder, truth = decoder_of(model), model.states(batch)

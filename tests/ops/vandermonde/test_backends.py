@@ -178,7 +178,7 @@ def test_refuses_what_does_not_fit() -> None:
                          (values[:2], r"log_A_bar: got shape \(3, 4\), expected \(2, 4\)")):  # fmt: skip
         with pytest.raises(ArgumentError, match=message):
             vandermonde_transpose(bad, log_A_bar)
-    with pytest.raises(BackendError, match="no backend 'triton'|runs on cuda"):
+    with pytest.raises(BackendError, match=r"it runs on cuda or xpu|has no backend"):
         vandermonde(weights, log_A_bar, 4, backend="triton")
 
 

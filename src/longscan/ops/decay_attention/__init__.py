@@ -47,7 +47,7 @@ def decay_attention(
     Args:
         q, k: (batch, length, heads, d_k), float32, bfloat16, float16 or float64. Scale q beforehand, if wanted. Or of
             fewer heads, whose number divides that of v: head h of v goes with head h // (heads / their number), as with
-            Mamba-2's groups. Nothing is copied for it.
+            Mamba-2's groups.
         v: (batch, length, heads, d_v).
         log_decay: g, at most 0: (heads,) constant in time, or (batch, length, heads); None for no decay. -inf forgets
             everything that came before the step.

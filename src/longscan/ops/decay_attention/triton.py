@@ -1,7 +1,8 @@
 """The decay attention in Triton: any GPU that Triton serves, and the CPU through its interpreter (for tests).
 
 Chunks are as long as registers allow: what is written of states at their borders shrinks with their number. The
-backward pass keeps more at once, so its chunks are shorter; it computes the states again in any case.
+backward pass keeps more at once, so its chunks are shorter; it computes the states again in any case. Loads ahead of
+their use (`num_stages`) are few, so that the kernels fit the shared memory of small GPUs too.
 """
 
 from __future__ import annotations
@@ -153,7 +154,7 @@ def forward(
     y = torch.empty(v.shape, dtype=torch.float32 if wide else v.dtype, device=v.device)
     output_kernel[(call.programs,)](
         call.q, call.k, call.v, call.log_decay, states, y, call.cu_seqlens,
-        *call.strides(call.q, call.k, call.v, call.log_decay, y), *call.sizes, **call.options(),
+        *call.strides(call.q, call.k, call.v, call.log_decay, y), *call.sizes, num_stages=1, **call.options(),
     )  # fmt: skip
     return y, final
 
@@ -180,7 +181,8 @@ def backward(
     dg = None if log_decay is None else torch.empty(v.shape[:3], dtype=torch.float32, device=v.device)
     gradient_kernel[(call.programs,)](
         dy, call.q, call.k, call.v, call.log_decay, states, later, dq, dk, dv, dg, call.cu_seqlens,
-        *call.strides(dy, call.q, call.k, call.v, call.log_decay, dq, dv, dg), *call.sizes, **call.options(),
+        *call.strides(dy, call.q, call.k, call.v, call.log_decay, dq, dv, dg), *call.sizes, num_stages=2,
+        **call.options(),
     )  # fmt: skip
     if shared > 1:
         dq, dk = (tensor.unflatten(2, (heads // shared, shared)).sum(3) for tensor in (dq, dk))
@@ -201,6 +203,6 @@ def update(state: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | N
         state, q, k, v, log_decay, y,
         *state.stride(), *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *decay_strides, heads, heads // q.shape[1],
         D_K=d_k, D_V=d_v, BLOCK_K=min(64, triton.next_power_of_2(d_k)), BLOCK_V=block, DECAY=log_decay is not None,
-        num_warps=2,
+        num_warps=4,
     )  # fmt: skip
     return y

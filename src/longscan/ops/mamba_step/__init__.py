@@ -12,10 +12,11 @@ norm and its head are one call:
 
 `states` holds one `(conv_state, ssm_state)` per layer, (batch, width - 1, d_inner) in float32, bfloat16 or float16 and
 (batch, d_inner, d_state) in float32, both contiguous; **they are updated in place**. Weight matrices are float32,
-bfloat16, float16 or (on the CPU) `longscan.ops.int8.Int8Matrix`, used where they lie (the objects keep them alive); vectors and A are copied to float32 when the
-objects are made, so build new ones after the weights have changed: it takes under a millisecond a layer. Arithmetic and
-the residual stream are float32. What it cannot serve (another device, complex A, no Numba) it refuses with
-`BackendError` when it is built, so that a caller can take the general path instead; wrong shapes are `ArgumentError`.
+bfloat16, float16 or (on the CPU) `longscan.ops.int8.Int8Matrix`, used where they lie (the objects keep them alive);
+vectors and A are copied to float32 when the objects are made, so build new ones after the weights have changed: it
+takes under a millisecond a layer. Arithmetic and the residual stream are float32. What it cannot serve (another device,
+complex A, no Numba) it refuses with `BackendError` when it is built, so that a caller can take the general path
+instead; wrong shapes are `ArgumentError`.
 
 On an NVIDIA GPU :class:`CudaMambaDecoder` takes the same weights; its step is made to be captured as a CUDA graph.
 

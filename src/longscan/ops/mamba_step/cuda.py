@@ -18,7 +18,7 @@ from torch import Tensor
 
 from longscan.errors import BackendError
 from longscan.ops import nvrtc
-from longscan.ops.mamba_step.weights import MambaModelWeights, MambaStepWeights
+from longscan.ops.mamba_step.weights import MambaModelWeights, MambaStepWeights, Matrix
 from longscan.ops.nvrtc import FORMATS, addresses
 
 _FOLDER = Path(__file__).parent
@@ -117,7 +117,7 @@ class CudaMambaDecoder:
         logits = new(vocabulary)
         between = [new(size) for size in (s.d_model, s.d_inner, s.d_inner, s.dt_rank + 2 * s.d_state, s.d_inner)]
         tensors = (
-            tokens.long(), self._table(states), w.embedding, w.final_norm, w.head, w.head_bias,
+            tokens.long(), self._table(states), _dense(w.embedding), w.final_norm, _dense(w.head), w.head_bias,
             *between, logits, self._meetings,
         )  # fmt: skip
         numbers = (batch, vocabulary, _bits(self._layers[0].eps), _bits(w.eps))
@@ -146,7 +146,7 @@ class CudaMambaDecoder:
 
     def _make_kernel(self, rows: int) -> nvrtc.Kernel | None:
         s = self.weights.sizes
-        aligned = all(matrix.data_ptr() % 16 == 0 for matrix in self.weights.matrices)
+        aligned = all(_dense(matrix).data_ptr() % 16 == 0 for matrix in self.weights.matrices)
         if not aligned or s.d_model % 256 or s.d_inner % 256 or s.dt_rank % 8 or self.dtype == torch.float32:
             return None
         if len({layer.eps for layer in self._layers}) > 1:
@@ -192,7 +192,7 @@ class CudaMambaDecoder:
             norm.launch(batch, _BATCH, (*addresses(hidden, stream, weight, normed, total), _bits(eps)))
             return normed, total
 
-        hidden = torch.index_select(w.embedding, 0, tokens)
+        hidden = torch.index_select(_dense(w.embedding), 0, tokens)
         stream: Tensor | None = None
         for layer, (conv, ssm) in zip(self._layers, states, strict=True):
             normed, stream = normalise(hidden, stream, layer.norm, layer.eps)
@@ -206,7 +206,7 @@ class CudaMambaDecoder:
             state_step.launch((-(-s.d_inner * lanes // _BATCH), batch), _BATCH, (*tensors, s.d_inner, rank))
             hidden = torch.nn.functional.linear(y, layer.out_proj, _as(layer.out_proj_bias, self.dtype))
         normed, _ = normalise(hidden, stream, w.final_norm, w.eps)
-        return torch.nn.functional.linear(normed, w.head, _as(w.head_bias, self.dtype))
+        return torch.nn.functional.linear(normed, _dense(w.head), _as(w.head_bias, self.dtype))
 
     @cached_property
     def _multiprocessors(self) -> int:
@@ -244,19 +244,25 @@ class Layer:
         vectors = weights.vectors
         return Layer(
             norm=vectors["NORM"],
-            in_proj=weights.in_proj,
+            in_proj=_dense(weights.in_proj),
             conv=vectors["CONV"],
-            x_proj=weights.x_proj,
-            dt_proj=weights.dt_proj,
+            x_proj=_dense(weights.x_proj),
+            dt_proj=_dense(weights.dt_proj),
             dt_bias=vectors["DT_BIAS"],
             A=vectors["A"],
-            out_proj=weights.out_proj,
+            out_proj=_dense(weights.out_proj),
             D=vectors.get("D"),
             conv_bias=vectors.get("CONV_BIAS"),
             in_proj_bias=vectors.get("IN_PROJ_BIAS"),
             out_proj_bias=vectors.get("OUT_PROJ_BIAS"),
             eps=weights.eps,
         )
+
+
+def _dense(matrix: Matrix | None) -> Tensor:
+    """A matrix that is there; int8 has been refused."""
+    assert isinstance(matrix, Tensor)
+    return matrix
 
 
 def _bits(value: float) -> int:

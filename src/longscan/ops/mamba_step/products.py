@@ -202,7 +202,8 @@ def _rows_int8(matrix, scales, first, last, columns, bias, x, x_stride, batch, o
 def product(form, matrix, scales, first, last, columns, bias, x, x_stride, batch, out, out_stride):  # type: ignore[no-untyped-def]
     """Rows [first, last) of a matrix (rows, columns) times each of `batch` float32 vectors, plus a bias.
 
-    Addresses and strides are in bytes; a bias of 0 is none; `scales` are read for INT8 only. The result of row `first` goes to `out`.
+    Addresses and strides are in bytes; a bias of 0 is none; `scales` are read for INT8 only. The result of row `first`
+    goes to `out`.
     """
     # The format is a constant in each of the loops.
     if form == FLOAT32:

@@ -107,7 +107,7 @@ class MambaStepWeights:
 
     def __post_init__(self) -> None:
         for name in ("in_proj", "conv", "x_proj", "dt_proj", "A"):
-            tensor: Matrix = getattr(self, name)
+            tensor: Any = getattr(self, name)
             if tensor.dim() != 2 or 0 in tensor.shape:
                 raise ArgumentError(f"{name}: got shape {tuple(tensor.shape)}, expected two axes, each at least 1")
         (d_inner, d_state), d_model = self.A.shape, self.in_proj.shape[1]

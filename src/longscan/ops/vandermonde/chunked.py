@@ -1,7 +1,7 @@
 """The Vandermonde product and its transpose as real matrix products, in plain PyTorch on any device.
 
-With l = q m + r the powers factor, A_bar^l = (A_bar^m)^q A_bar^r: of order sqrt(length) of them are made per state, each
-from its own exponential, and the sum over states (or over r) is a matrix product.
+With l = q m + r the powers factor, A_bar^l = (A_bar^m)^q A_bar^r: of order sqrt(length) of them are made per state,
+each from its own exponential, and the sum over states (or over r) is a matrix product.
 """
 
 from __future__ import annotations
