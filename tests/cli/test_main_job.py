@@ -82,7 +82,8 @@ def test_train_generate_evaluate(place: Path) -> None:
     trained = json.loads((run / "held_out.json").read_text())
     assert report["bits_per_byte"] == trained["bits_per_byte"]
     assert report["by_position"][0]["bits_per_byte"] > 0
-    assert (report["weights"], report["precision"]) == ("saved", "bfloat16")
+    precision = json.loads((run / "config.json").read_text())["training"]["precision"]
+    assert (report["weights"], report["precision"]) == ("saved", precision)
     code, out, error = call(place, "evaluate", "runs/first", "--weights", "int8", "--output", "int8.json")
     assert code == 0, error
     int8 = json.loads((place / "int8.json").read_text())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -205,15 +206,20 @@ def assign_weights(model: nn.Module, tensors: dict[str, Tensor], source: str | o
     ]
     if faults:
         raise CheckpointError(f"{source} does not fit the model's configuration; {'; '.join(faults)}")
-    marks = {name: dict(vars(parameter)) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    marks = {name: dict(vars(tensor)) for name, tensor in _named_tensors(model)}
     for name, mark in marks.items():
         # Others save all weights in one dtype.
-        if mark.get("_keep_float32") and tensors[name].dtype in (torch.bfloat16, torch.float16):
+        if mark.get("_keep_float32") and name in tensors and tensors[name].dtype in (torch.bfloat16, torch.float16):
             tensors[name] = tensors[name].float()
     model.load_state_dict(tensors, assign=True)
-    # Assigning makes new parameters, without the marks (no weight decay, float32) of the old ones.
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        vars(parameter).update(marks[name])
+    # Assigning makes new tensors, without the marks (no weight decay, float32) of the old ones.
+    for name, tensor in _named_tensors(model):
+        vars(tensor).update(marks[name])
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
 
 
 def _some(names: list[str], most: int = 5) -> str:

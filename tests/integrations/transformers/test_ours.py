@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from longscan.errors import ArgumentError, CheckpointError, ConfigError
 from longscan.models import LanguageModel
@@ -35,6 +36,11 @@ def load(model: LanguageModel, folder: Path, **options: Any) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(model.save_pretrained(folder), **options)
 
 
+def assert_same(ours: Tensor, theirs: Tensor) -> None:
+    """Equal but for what the place of a weight in memory does to a matrix product."""
+    torch.testing.assert_close(ours, theirs)
+
+
 def plain(**options: Any) -> dict[str, Any]:
     return {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, **options}
 
@@ -45,16 +51,16 @@ def test_one_folder_for_both(kind: str, tmp_path: Path) -> None:
     theirs = load(model, tmp_path / "ours")
     assert isinstance(theirs, hf.LongscanForCausalLM)
     assert theirs.config.to_longscan() == model.config
-    assert torch.equal(theirs(TOKENS).logits, model(TOKENS)[0])
+    assert_same(theirs(TOKENS).logits, model(TOKENS)[0])
     # In one file and in shards, and back.
     for name, size in (("whole", "1GB"), ("shards", "8KB")):
         theirs.save_pretrained(tmp_path / name, max_shard_size=size)
         again = LanguageModel.from_pretrained(tmp_path / name)
         assert again.config == model.config
         assert again.state_dict().keys() == model.state_dict().keys()
-        assert torch.equal(again(TOKENS)[0], model(TOKENS)[0])
+        assert_same(again(TOKENS)[0], model(TOKENS)[0])
         third = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name)
-        assert torch.equal(third(TOKENS).logits, model(TOKENS)[0])
+        assert_same(third(TOKENS).logits, model(TOKENS)[0])
     config = transformers.AutoConfig.from_pretrained(tmp_path / "ours")
     assert config.hidden_size == model.config.d_model
     assert config.tie_word_embeddings == model.config.tie_embeddings
@@ -74,7 +80,7 @@ def test_dtypes_and_marks(kind: str, dtype: torch.dtype, tmp_path: Path) -> None
         }
 
     assert about(theirs) == about(ours)
-    assert torch.equal(theirs(TOKENS).logits, ours(TOKENS)[0])
+    assert_same(theirs(TOKENS).logits, ours(TOKENS)[0])
     assert about(theirs.to(torch.float32).to(dtype)) == about(ours)
 
 

@@ -89,7 +89,9 @@ class LongscanForCausalLM(PreTrainedModel, GenerationMixin):
         self.backbone = Backbone(ours)
         self.lm_head = nn.Linear(ours.d_model, ours.padded_vocab_size, bias=False)
         self._keep_in_fp32_modules_strict = {
-            name for name, parameter in self.named_parameters() if getattr(parameter, "_keep_float32", False)
+            name
+            for name, tensor in (*self.named_parameters(), *self.named_buffers())
+            if getattr(tensor, "_keep_float32", False)
         }
         self.post_init()
 
@@ -280,9 +282,9 @@ def _borrow(model: LongscanForCausalLM) -> AbstractContextManager[CompiledSteppe
 
 
 def _mark(model: LongscanForCausalLM) -> None:
-    """Loading makes new parameters: give them the marks (no weight decay, float32) that the mixers give theirs."""
+    """Loading makes new tensors: give them the marks (no weight decay, float32) that the mixers give theirs."""
     with torch.device("meta"):
         twin = Backbone(model.backbone.config)
-    marks = {name: vars(parameter) for name, parameter in twin.named_parameters()}
-    for name, parameter in model.backbone.named_parameters():
-        vars(parameter).update(marks.get(name, {}))
+    marks = {name: vars(tensor) for name, tensor in (*twin.named_parameters(), *twin.named_buffers())}
+    for name, tensor in (*model.backbone.named_parameters(), *model.backbone.named_buffers()):
+        vars(tensor).update(marks.get(name, {}))
