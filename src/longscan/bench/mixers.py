@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longscan.bench.contest import DTYPES, Settings, describe, failure, release
+from longscan.bench.contest import DTYPES, OUT_OF_TIME, Settings, describe, failure, release
 from longscan.bench.report import Report, Row
 from longscan.bench.timing import measure, timed_with_memory
 from longscan.mixers import MIXERS
@@ -81,6 +81,8 @@ class _Line:
         }
         if phase in self._failed:
             return Row(**about, note="skipped: fails at a shorter length")
+        if settings.late():
+            return Row(**about, note=OUT_OF_TIME)
         predicted = self._predict(shape[1], phase)
         if predicted > _LONGEST_PASS.get(settings.device, 5.0):
             return Row(**about, note=f"skipped: about {predicted:.0f} s a pass")
