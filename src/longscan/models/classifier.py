@@ -7,9 +7,7 @@ pooling over time, a linear decoder; with its bidirectional form, two stacks tha
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ from torch import Tensor, nn
 from longscan.errors import ArgumentError, ConfigError
 from longscan.models.options import Config, MixerChoice
 from longscan.models.stack import NORMS, Stack, make_norm
-from longscan.models.storage import load_model, save_model
+from longscan.models.storage import StoredModel
 
 POOLINGS = ("mean", "last", "max", "none")
 DIRECTIONS = ("forward", "sum", "concat")
@@ -83,7 +81,7 @@ class ClassifierConfig(MixerChoice, Config):
 _LEAST = {"d_model": 1, "n_layer": 1, "n_outputs": 1, "vocab_size": 0, "d_input": 0, "d_intermediate": 0}
 
 
-class Classifier(nn.Module):
+class Classifier(StoredModel):
     """Scores of classes for sequences of any lengths: ``Classifier(ClassifierConfig(vocab_size=256))(tokens)``.
 
     With one output it is a regression, with ``pooling="none"`` it labels every place.
@@ -92,6 +90,9 @@ class Classifier(nn.Module):
         config: the shape of the model.
         device, dtype: of the parameters.
     """
+
+    config_type = ClassifierConfig
+    model_type = "longscan-classifier"
 
     def __init__(
         self,
@@ -193,26 +194,6 @@ class Classifier(nn.Module):
         # On other devices looking at values would wait for them.
         if lengths.device.type == "cpu" and not (int(lengths.min()) >= 1 and int(lengths.max()) <= inputs.shape[1]):
             raise ArgumentError(f"lengths must lie in 1 .. {inputs.shape[1]}, got {lengths.tolist()}")
-
-    def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters())
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
-        """Write ``config.json`` and ``model.safetensors``; a write that fails leaves the old files untouched.
-
-        Raises:
-            StorageError: a file could not be written.
-        """
-        return save_model(self, folder, "longscan-classifier")
-
-    @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str], *, device: torch.device | str | None = None) -> Classifier:
-        """Read what :meth:`save_pretrained` wrote.
-
-        Raises:
-            CheckpointError: a file is missing, damaged or truncated, or of another model.
-        """
-        return load_model(cls, ClassifierConfig, folder, "longscan-classifier", device)
 
 
 def _reverse(x: Tensor, lengths: Tensor | None) -> Tensor:

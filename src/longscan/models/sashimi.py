@@ -15,9 +15,7 @@ Every stage may be cut anywhere: what waits for a group of p to fill up is part 
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +26,7 @@ from longscan.errors import ArgumentError, ConfigError
 from longscan.models.backbone import check_vocabulary
 from longscan.models.options import Config, MixerChoice
 from longscan.models.stack import NORMS, Stack, make_norm
-from longscan.models.storage import load_model, save_model
+from longscan.models.storage import StoredModel
 from longscan.nn.mixer import check_batch, check_state
 from longscan.nn.state import ModelState, State
 
@@ -138,13 +136,16 @@ class Stage(nn.Module):
         return x, StageState(down, rest, spread[:, -self.pool :].to(before.spread.dtype), inner, up)
 
 
-class Sashimi(nn.Module):
+class Sashimi(StoredModel):
     """Next-sample model of waveforms: ``Sashimi(SashimiConfig())(samples)``.
 
     Args:
         config: the shape of the model.
         device, dtype: of the parameters.
     """
+
+    config_type = SashimiConfig
+    model_type = "longscan-sashimi"
 
     def __init__(
         self,
@@ -177,9 +178,6 @@ class Sashimi(nn.Module):
         self.net = net
         self.norm = make_norm(config.norm, config.d_model, device, dtype)
         self.head = nn.Linear(config.d_model, config.vocab_size, **factory)
-
-    def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters())
 
     def initial_state(self, batch: int, dtype: torch.dtype | None = None) -> State:
         """The state before the first sample."""
@@ -248,20 +246,3 @@ class Sashimi(nn.Module):
             if len(made) < length:
                 scores, state = self(sample, state)
         return torch.cat(made, dim=1) if made else prompt.new_empty(len(prompt), 0, dtype=torch.int64)
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
-        """Write ``config.json`` and ``model.safetensors``; a write that fails leaves the old files untouched.
-
-        Raises:
-            StorageError: a file could not be written.
-        """
-        return save_model(self, folder, "longscan-sashimi")
-
-    @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str], *, device: torch.device | str | None = None) -> Sashimi:
-        """Read what :meth:`save_pretrained` wrote.
-
-        Raises:
-            CheckpointError: a file is missing, damaged or truncated, or of another model.
-        """
-        return load_model(cls, SashimiConfig, folder, "longscan-sashimi", device)
