@@ -16,11 +16,12 @@ pytest.importorskip("numba")
 from numba import njit
 
 import longscan
-from longscan.ops import jit, simd, simd_math
-from longscan.ops.simd import WIDTH, load, load_format, load_part, store, store_format, store_part
+from longscan.ops import jit, simd, simd_math, simd_memory
+from longscan.ops.simd import WIDTH
+from longscan.ops.simd_memory import load, load_format, load_part, store, store_format, store_part
 
-DTYPES = {simd.FLOAT32: torch.float32, simd.BFLOAT16: torch.bfloat16, simd.FLOAT16: torch.float16}
-FORMATS = [f for f in DTYPES if f != simd.FLOAT16 or simd.HAS_FLOAT16]
+DTYPES = {simd_memory.FLOAT32: torch.float32, simd_memory.BFLOAT16: torch.bfloat16, simd_memory.FLOAT16: torch.float16}
+FORMATS = [f for f in DTYPES if f != simd_memory.FLOAT16 or simd.HAS_FLOAT16]
 
 
 def mapped(function):
@@ -127,8 +128,8 @@ def test_conversion_rounds_as_torch_does(number_format) -> None:
         padded[: len(values)] = values
         narrow, wide = torch.empty(len(padded), dtype=dtype), torch.empty(len(padded))
         for i in range(0, len(padded), WIDTH):
-            _convert(padded[i:].data_ptr(), simd.FLOAT32, narrow[i:].data_ptr(), number_format)
-            _convert(narrow[i:].data_ptr(), number_format, wide[i:].data_ptr(), simd.FLOAT32)
+            _convert(padded[i:].data_ptr(), simd_memory.FLOAT32, narrow[i:].data_ptr(), number_format)
+            _convert(narrow[i:].data_ptr(), number_format, wide[i:].data_ptr(), simd_memory.FLOAT32)
         torch.testing.assert_close(narrow, padded.to(dtype), rtol=0, atol=0, equal_nan=True)
         torch.testing.assert_close(wide, padded.to(dtype).float(), rtol=0, atol=0, equal_nan=True)
 
@@ -140,7 +141,7 @@ def _reverse(source, target, scratch):
         values[i] = load(source + 4 * WIDTH * i)
     for i in range(4):
         store(values[3 - i], target + 4 * WIDTH * i)
-    simd.store_scalar(simd.load_scalar(source), scratch)
+    simd_memory.store_scalar(simd_memory.load_scalar(source), scratch)
 
 
 def test_tiles() -> None:
@@ -154,7 +155,8 @@ _PROGRAM = """
 import numpy as np
 from numba import prange
 from longscan.ops import jit, simd
-from longscan.ops.simd import WIDTH, load, store
+from longscan.ops.simd import WIDTH
+from longscan.ops.simd_memory import load, store
 
 @jit.kernel
 def body(task, address):
@@ -187,13 +189,13 @@ def program(tmp_path):
     source = Path(longscan.__file__).parent
     package = tmp_path / "longscan"
     (package / "ops").mkdir(parents=True)
-    for name in ("jit.py", "simd.py", "simd_math.py"):
+    for name in ("jit.py", "simd.py", "simd_memory.py", "simd_math.py"):
         shutil.copy(source / "ops" / name, package / "ops")
     (package / "__init__.py").touch()
     (package / "ops" / "__init__.py").touch()
     with (package / "ops" / "simd.py").open("a") as file:
         file.write("\nfrom longscan.ops.jit import inline\n\n\n@inline\ndef simd_version():\n    return 1.0\n")
-    text = _PROGRAM.format(factor=2.0).replace("import WIDTH,", "import WIDTH, simd_version,")
+    text = _PROGRAM.format(factor=2.0).replace("import WIDTH", "import WIDTH, simd_version")
     (tmp_path / "program.py").write_text(text)
     return tmp_path
 

@@ -36,7 +36,7 @@ from numba.np.ufunc import parallel as pool
 config: Any = _config
 
 # Files whose functions are compiled into kernels of other files. Numba notices changes of a kernel's own file only.
-_SHARED_SOURCES = ("jit.py", "simd.py", "simd_math.py")
+_SHARED_SOURCES = ("jit.py", "simd.py", "simd_memory.py", "simd_math.py")
 
 #: Turns a helper function into one that is inlined into every kernel that calls it.
 inline: Callable[..., Any] = numba.njit(forceinline=True, error_model="numpy", nogil=True)

@@ -12,22 +12,8 @@ from numba import prange
 from torch import Tensor
 
 from longscan.ops.jit import kernel, parallel_kernel, run
-from longscan.ops.simd import (
-    FORMATS,
-    HAS_FLOAT16,
-    VECTOR_BYTES,
-    WIDTH,
-    aligned,
-    broadcast,
-    fma,
-    load,
-    load_scalar,
-    read,
-    store,
-    store_scalar,
-    total,
-    write,
-)
+from longscan.ops.simd import HAS_FLOAT16, VECTOR_BYTES, WIDTH, broadcast, fma, total
+from longscan.ops.simd_memory import FORMATS, aligned, load, load_scalar, read, store, store_scalar, write
 
 # Addresses (0: absent), rows' strides in bytes, formats and sizes of a call.
 X, RESIDUAL, WEIGHT, NORMED, STREAM, RSTD, DNORMED, DSTREAM, DX, DRESIDUAL, DWEIGHT = range(11)

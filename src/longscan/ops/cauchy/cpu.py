@@ -14,7 +14,8 @@ from numba import prange
 from torch import Tensor
 
 from longscan.ops.jit import inline, kernel, parallel_kernel, run
-from longscan.ops.simd import VECTOR_BYTES, WIDTH, broadcast, fma, load, load_scalar, store, total
+from longscan.ops.simd import VECTOR_BYTES, WIDTH, broadcast, fma, total
+from longscan.ops.simd_memory import load, load_scalar, store
 
 # Products that share quotients in one pass.
 _GROUP = 4

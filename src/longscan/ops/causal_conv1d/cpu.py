@@ -18,20 +18,9 @@ from torch import Tensor
 
 from longscan.ops.checks import row_offsets
 from longscan.ops.jit import inline, kernel, parallel_kernel, run
-from longscan.ops.simd import (
-    FORMATS,
-    HAS_FLOAT16,
-    VECTOR_BYTES,
-    WIDTH,
-    aligned,
-    broadcast,
-    fma,
-    load,
-    read,
-    store,
-    write,
-)
+from longscan.ops.simd import HAS_FLOAT16, VECTOR_BYTES, WIDTH, broadcast, fma
 from longscan.ops.simd_math import sigmoid
+from longscan.ops.simd_memory import FORMATS, aligned, load, read, store, write
 
 # Addresses (0: absent), strides in bytes, sizes and flags of a call.
 X, OUT, DOUT, DX, WEIGHT, BIAS, INITIAL, FINAL, DFINAL, DINITIAL, DWEIGHT, DBIAS = range(12)

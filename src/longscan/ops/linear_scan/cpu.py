@@ -20,24 +20,8 @@ from torch import Tensor
 from longscan.ops.checks import row_offsets
 from longscan.ops.jit import inline, kernel, parallel_kernel, run, threads
 from longscan.ops.linear_scan.rows import accumulation, gradient_dtype
-from longscan.ops.simd import (
-    FLOAT32,
-    FLOATS,
-    FORMATS,
-    HAS_FLOAT16,
-    INTEGERS,
-    VECTOR_BYTES,
-    WIDTH,
-    aligned,
-    broadcast,
-    fma,
-    function,
-    load,
-    read,
-    store,
-    vector,
-    write,
-)
+from longscan.ops.simd import FLOATS, HAS_FLOAT16, INTEGERS, VECTOR_BYTES, WIDTH, broadcast, fma, function, vector
+from longscan.ops.simd_memory import FLOAT32, FORMATS, aligned, load, read, store, write
 
 # Addresses (0: absent), strides in bytes per row and step, formats and bytes of an item, and sizes of a call.
 A_, B_, H_, DA_, DB_, INITIAL, FINAL = range(7)

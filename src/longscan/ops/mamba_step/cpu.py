@@ -23,18 +23,9 @@ from longscan.ops.jit import c_function, inline, kernel, parallel_kernel, prange
 from longscan.ops.mamba_step.products import INT8, product
 from longscan.ops.mamba_step.tasks import call_at, fetch, fetch_add, int64_pointer, wait_until
 from longscan.ops.mamba_step.weights import Field
-from longscan.ops.simd import (
-    FLOAT32,
-    WIDTH,
-    broadcast,
-    fma,
-    load_scalar,
-    read,
-    store_scalar,
-    total,
-    write,
-)
+from longscan.ops.simd import WIDTH, broadcast, fma, total
 from longscan.ops.simd_math import exp2_product, silu, softplus
+from longscan.ops.simd_memory import FLOAT32, load_scalar, read, store_scalar, write
 
 # What a call hands over, int64: sizes, then addresses (0: absent).
 D_MODEL, D_INNER, D_STATE, DT_RANK, D_CONV, VOCABULARY, BATCH, LAYERS = range(8)

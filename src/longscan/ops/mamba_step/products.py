@@ -9,15 +9,11 @@ from __future__ import annotations
 
 from longscan.ops.int8 import GROUP
 from longscan.ops.jit import inline, kernel
-from longscan.ops.simd import (
+from longscan.ops.simd import HAS_FLOAT16, VECTOR_BYTES, WIDTH, broadcast, fma, total
+from longscan.ops.simd_memory import (
     BFLOAT16,
     FLOAT16,
     FLOAT32,
-    HAS_FLOAT16,
-    VECTOR_BYTES,
-    WIDTH,
-    broadcast,
-    fma,
     load,
     load_format,
     load_int8,
@@ -27,7 +23,6 @@ from longscan.ops.simd import (
     prefetch,
     prefetch_second,
     store_scalar,
-    total,
 )
 
 #: The format of an `Int8Matrix`, beside those of `simd`.

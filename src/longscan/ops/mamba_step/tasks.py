@@ -18,7 +18,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from longscan.ops.jit import inline
-from longscan.ops.simd import prefetch
+from longscan.ops.simd_memory import prefetch
 
 _I64 = ir.IntType(64)
 _X86, _ARM = ("x86_64", "AMD64"), ("aarch64", "arm64")

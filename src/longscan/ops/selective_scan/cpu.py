@@ -16,7 +16,8 @@ from longscan.ops.selective_scan.cpu_backward import backward_driver, backward_t
 from longscan.ops.selective_scan.cpu_forward import MOST_VECTORS, forward_driver, forward_task
 from longscan.ops.selective_scan.cpu_step import step_driver, step_task
 from longscan.ops.selective_scan.cpu_table import BLOCK, STEPS, checkpoints_shape, chunk_length
-from longscan.ops.simd import FORMATS, HAS_FLOAT16, WIDTH
+from longscan.ops.simd import HAS_FLOAT16, WIDTH
+from longscan.ops.simd_memory import FORMATS
 
 _LOG2_E = 1.4426950408889634
 

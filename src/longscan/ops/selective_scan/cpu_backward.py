@@ -77,22 +77,9 @@ from longscan.ops.selective_scan.cpu_table import (
     tile_stride,
     to_vectors,
 )  # fmt: skip
-from longscan.ops.simd import (
-    FLOAT32,
-    VECTOR_BYTES,
-    WIDTH,
-    aligned,
-    broadcast,
-    fma,
-    load,
-    prefetch,
-    read,
-    store,
-    store_part,
-    tile,
-    write,
-)
+from longscan.ops.simd import VECTOR_BYTES, WIDTH, broadcast, fma, tile
 from longscan.ops.simd_math import LN_2, exp2_product, sigmoid, silu, softplus
+from longscan.ops.simd_memory import FLOAT32, aligned, load, prefetch, read, store, store_part, write
 
 # What is kept of a step and a vector of channels during a chunk: delta, delta x, the gradient of y, and three sums over
 # the states: G B, A G decay h[t-1] and C h.

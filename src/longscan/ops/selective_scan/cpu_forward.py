@@ -56,8 +56,9 @@ from longscan.ops.selective_scan.cpu_table import (
     stride,
     to_vectors,
 )  # fmt: skip
-from longscan.ops.simd import VECTOR_BYTES, WIDTH, aligned, broadcast, fma, load, prefetch, read, store, tile, write
+from longscan.ops.simd import VECTOR_BYTES, WIDTH, broadcast, fma, tile
 from longscan.ops.simd_math import exp2_product, silu, softplus
+from longscan.ops.simd_memory import aligned, load, prefetch, read, store, write
 
 #: Vectors of channels of a task at most: a row of memory that many vectors wide is read in one go.
 MOST_VECTORS = 16

@@ -13,21 +13,9 @@ from numba import prange
 
 from longscan.ops.jit import inline, kernel, parallel_kernel
 from longscan.ops.selective_scan.cpu_lanes import lane_sums
-from longscan.ops.simd import (
-    FLOAT32,
-    VECTOR_BYTES,
-    WIDTH,
-    aligned,
-    broadcast,
-    fma,
-    load,
-    load_scalar,
-    read,
-    store,
-    tile,
-    write,
-)
+from longscan.ops.simd import VECTOR_BYTES, WIDTH, broadcast, fma, tile
 from longscan.ops.simd_math import LOG2_E, exp2_product, silu, softplus
+from longscan.ops.simd_memory import FLOAT32, aligned, load, load_scalar, read, store, write
 
 # The call's arguments: addresses (0: absent), strides in bytes (B and C: per row, then per group), sizes and flags.
 STATE, A_, D_, BIAS, X, X_ROW, DT, DT_ROW, Z, Z_ROW, OUT = range(11)

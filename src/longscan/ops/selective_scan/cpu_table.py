@@ -12,7 +12,8 @@ float32, `STEPS` steps of a state side by side; sequences are padded to whole ti
 from __future__ import annotations
 
 from longscan.ops.jit import inline
-from longscan.ops.simd import VECTOR_BYTES, broadcast, load, load_scalar, read, store, store_scalar
+from longscan.ops.simd import VECTOR_BYTES, broadcast
+from longscan.ops.simd_memory import load, load_scalar, read, store, store_scalar
 
 # Addresses (0: the argument is absent), then strides per row and step in bytes, then sizes and flags.
 X, DT, Z, DOUT, OUT, DX, DDT, DZ = range(8)
