@@ -80,8 +80,10 @@ DEVICE Step load_step(const Warp& w, const Shared& s, int r, int column, int par
     return o;
 }
 
-// Adds a tile's sums to those in memory and begins anew: two levels of sums, so that long sequences are rounded no more often than
-// short ones. No thread but this one adds to these places, so that the order is fixed.
+// Sums over time are of stretches of so many steps first, then of those: long sequences are rounded no more often than short ones.
+constexpr int STRETCH = 8 * TILE;
+
+// Adds a stretch's sums to those in memory and begins anew. No thread but this one adds to these places, so that the order is fixed.
 DEVICE void move_sums(Pair (&sums)[STATES], float* to, int first, i64 states, bool live) {
 #pragma unroll
     for (int n = 0; n < STATES; n++) {
@@ -250,6 +252,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) scan_backward
 #pragma unroll
             for (int first = SUB - LANES; first >= 0; first -= LANES) {
                 float read[LANES], into_drive[LANES], into_step[LANES];
+                // The step that this lane finishes; its slope is ready when the sums are.
+                const int r = sub * SUB + first + part;
+                const float slope = SOFTPLUS ? sigmoid(widen(w.dt[half][r][column]) + own_bias) : 1.f;
 #pragma unroll
                 for (int j = LANES - 1; j >= 0; j--) {
                     const int i = first + j;
@@ -312,12 +317,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) scan_backward
                 // This lane has the whole sums of one step of its channel.
                 const float y = HAS_Z ? TWICE * sum_parts(read, part) : 0.f;
                 const float p = sum_parts(into_drive, part), q = sum_parts(into_step, part);
-                const int r = sub * SUB + first + part;
                 const bool inside = t + r < count && live;
                 const float step = w.steps[r][column].x, weight = w.weight[r][column];
                 const float value = widen(w.x[half][r][column]);
-                float dstep = fmaf(value, p, q);
-                if (SOFTPLUS) dstep *= sigmoid(widen(w.dt[half][r][column]) + own_bias);
+                float dstep = slope * fmaf(value, p, q);
                 float dgate = 0.f;
                 if (HAS_Z) {
                     const float gate = widen(w.z[half][HAS_Z ? r : 0][column]), open = sigmoid(gate);
@@ -360,10 +363,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) scan_backward
                 }
             }
         }
-        move_sums(da, dA + own, part * STATES, states, live);
-        if (!B_STEP) move_sums(db, dB + own, part * STATES, states, live);
-        if (!C_STEP) move_sums(dc, dC + own, part * STATES, states, live);
-        dskip_total += dskip, dshift_total += dshift, dskip = dshift = 0.f;
+        if (t % STRETCH == 0) {
+            move_sums(da, dA + own, part * STATES, states, live);
+            if (!B_STEP) move_sums(db, dB + own, part * STATES, states, live);
+            if (!C_STEP) move_sums(dc, dC + own, part * STATES, states, live);
+            dskip_total += dskip, dshift_total += dshift, dskip = dshift = 0.f;
+        }
         dx -= TILE * channels, ddt -= TILE * channels;
         if (HAS_Z) dz -= TILE * channels;
         if (B_STEP) dB -= TILE * b_groups * RAW;
