@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -29,16 +30,20 @@ class Stepper(Protocol):
         """tokens (batch,) to logits (batch, vocab_size) and the next state; the next call may reuse their memory."""
 
 
-def make_stepper(model: LanguageModel) -> Stepper:
+def make_stepper(model: LanguageModel, *, short_states: bool = False) -> Stepper:
     """The fastest stepper for a model where it is.
 
     On the CPU one compiled call per token if the model is all Mamba; on a GPU a captured graph if the state does not
     grow; else module by module. The weights are read when it is made: make a new one after they have changed.
+
+    Args:
+        model: a language model.
+        short_states: see :class:`GraphStepper`; elsewhere states stay as they are.
     """
     kind = model.device.type
     if kind in ("cpu", "cuda") and not torch.is_autocast_enabled(kind):
         try:
-            return CompiledStepper(model) if kind == "cpu" else GraphStepper(model)
+            return CompiledStepper(model) if kind == "cpu" else GraphStepper(model, short_states=short_states)
         except BackendError:
             pass
     return ModuleStepper(model)
@@ -79,6 +84,16 @@ class CompiledStepper:
         )
         self._vocab_size = model.config.vocab_size
 
+    def shortened(self, state: ModelState, batch: int) -> ModelState:
+        """The state with ssm_states in the dtype of the weights, where a step of so many sequences takes them so."""
+        from longscan.ops.mamba_step import CudaMambaDecoder
+
+        assert isinstance(self._decoder, CudaMambaDecoder)
+        dtype = torch.float32 if self._decoder.in_one_kernel(batch) else self._decoder.dtype
+        return ModelState(
+            tuple(replace(own, ssm=own.ssm.to(dtype)) for own in state.layers if isinstance(own, MambaState))
+        )
+
     def step(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
         states = [(own.conv, own.ssm) for own in state.layers if isinstance(own, MambaState)]
         return self._decoder.step(tokens, states)[:, : self._vocab_size], state
@@ -90,11 +105,17 @@ class GraphStepper:
     A graph is captured for each of a few batch sizes when it is first needed; rows that are missing are stepped for
     nothing. The state that comes back lies in the graph's own memory: hand it to the next call, or copy it.
 
+    Args:
+        model: a language model.
+        short_states: keep the states of many sequences of a Mamba in the dtype of its weights instead of float32. Most
+            of what a token of many sequences moves is states; what is added to a state in steps below a 256th of it
+            (bfloat16) is lost.
+
     Raises:
         BackendError: the model is not on a GPU, a mixer of it cannot be captured, or a state grows with the sequence.
     """
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: LanguageModel, *, short_states: bool = False) -> None:
         if model.device.type != "cuda":
             raise BackendError(f"graphs are captured on GPUs, the model is on {model.device}")
         if not model.backbone.capturable:
@@ -105,6 +126,7 @@ class GraphStepper:
             self._stepper: Stepper = CompiledStepper(model)
         except BackendError:
             self._stepper = ModuleStepper(model)
+        self._short_states = short_states
         self._device = model.device
         self._graphs: dict[int, _Graph] = {}
 
@@ -113,8 +135,11 @@ class GraphStepper:
         size = _captured_size(tokens.shape[0])
         graph = self._graphs.get(size)
         if graph is None:
+            like = state
+            if self._short_states and isinstance(self._stepper, CompiledStepper):
+                like = self._stepper.shortened(state, size)
             with torch.cuda.device(self._device):
-                graph = self._graphs[size] = _Graph(self._stepper, state, size)
+                graph = self._graphs[size] = _Graph(self._stepper, like, size)
         return graph.step(tokens, state)
 
 
