@@ -100,7 +100,7 @@ def _measure_int8(shape: tuple[int, ...], dtype: str, settings: Settings, bandwi
 
 
 def _with_short_states(model: LanguageModel, tokens: Tensor, moved: float) -> Contender:
-    """Ours with the states in the dtype of the weights: of `moved` bytes, one read and one write of half of them less."""
+    """Ours with the states in the dtype of the weights: half of what they are moves less, twice."""
     batch, count = tokens.shape
     states = sum(own.ssm.nbytes for own in model.initial_state(batch).layers if isinstance(own, MambaState))
     return Contender(

@@ -80,8 +80,10 @@ class CudaMambaDecoder:
         self._layers = tuple(Layer.of(layer) for layer in self.weights.layers)
         self._kernels: dict[int, nvrtc.Kernel | None] = {}
         self._tables: dict[tuple[int, ...], Tensor] = {}
-        # How often blocks have met.
+        # How often blocks have met; what is selected, as messages. Zeros are none.
         self._meetings = torch.zeros((), dtype=torch.int64, device=device)
+        s = self.weights.sizes
+        self._selected = torch.zeros(FEW, s.dt_rank + 2 * s.d_state, dtype=torch.int64, device=device)
 
     def in_one_kernel(self, batch: int) -> bool:
         """Whether so many sequences go through the one kernel."""
@@ -117,10 +119,10 @@ class CudaMambaDecoder:
             return torch.empty(batch, size, dtype=torch.float32, device=w.device)
 
         logits = new(vocabulary)
-        between = [new(size) for size in (s.d_model, s.d_inner, s.d_inner, s.dt_rank + 2 * s.d_state, s.d_inner)]
+        hidden, x, z, y = new(s.d_model), new(s.d_inner), new(s.d_inner), new(s.d_inner)
         tensors = (
             tokens.long(), self._table(states), _dense(w.embedding), w.final_norm, _dense(w.head), w.head_bias,
-            *between, logits, self._meetings,
+            hidden, x, z, self._selected, y, logits, self._meetings,
         )  # fmt: skip
         numbers = (batch, vocabulary, _bits(self._layers[0].eps), _bits(w.eps))
         arguments = (*addresses(*tensors), *numbers)
