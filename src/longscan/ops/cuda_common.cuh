@@ -116,13 +116,13 @@ DEVICE float reciprocal(float x) {
 }
 
 // log(1 + exp(x)), to float32's precision relative to itself: Mamba starts from steps of a thousandth, and what they are off by is what
-// the gradients of A and of the steps are off by. With e = exp(-|x|), log(1 + e) = 2 atanh(e / (2 + e)), whose argument is at most 1/3;
-// the polynomial is (atanh(s) / s - 1) / q over q = s^2, off by 2e-8 of the result at most.
+// the gradients of A and of the steps are off by. With e = exp(-|x|) and s = 2 e / (2 + e), at most 2/3, log(1 + e) = 2 atanh(s / 2);
+// the polynomial is (2 atanh(s / 2) / s - 1) / q over q = s^2, off by 2e-8 of the result at most.
 DEVICE float softplus(float x) {
     float e = exp2_fast(-fabsf(x) * LOG2E);
-    float s = e * reciprocal(2.f + e), q = s * s;
-    float tail = fmaf(fmaf(fmaf(0.13433751f, q, 0.14116983f), q, 0.20003835f), q, 0.3333332f);
-    return fmaxf(x, 0.f) + 2.f * s * fmaf(q, tail, 1.f);
+    float s = e * reciprocal(fmaf(0.5f, e, 1.f)), q = s * s;
+    float tail = fmaf(fmaf(fmaf(5.2475589e-4f, q, 2.2057786e-3f), q, 1.2502397e-2f), q, 8.33333e-2f);
+    return fmaf(s, fmaf(q, tail, 1.f), fmaxf(x, 0.f));
 }
 
 DEVICE float sigmoid(float x) { return reciprocal(1.f + exp2_fast(-x * LOG2E)); }
