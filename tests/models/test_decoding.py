@@ -34,6 +34,7 @@ def test_the_same_numbers(dtype: torch.dtype, options: dict[str, Any], tied: boo
 
 def test_the_choice() -> None:
     assert isinstance(make_stepper(make()), CompiledStepper)
+    assert isinstance(make_stepper(make(), short_states=True), CompiledStepper)
     for model in (make("complex"), make("mixed"), make(d_intermediate=8), make().double()):
         assert isinstance(make_stepper(model), ModuleStepper)
     with torch.autocast("cpu", torch.bfloat16):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from longscan.errors import ArgumentError, BackendError
 from longscan.mixers.mamba import Mamba, MambaState
-from longscan.models.chunks import copy_states
+from longscan.models.chunks import copy_tensors
 from longscan.nn.int8 import Int8Embedding, Int8Linear
 from longscan.nn.linear import StepProjection, is_plain
 from longscan.nn.norms import AddRMSNorm
@@ -147,6 +146,7 @@ class _Graph:
     def __init__(self, stepper: Stepper, like: ModelState, size: int) -> None:
         self._state = like.map(lambda tensor: tensor.new_zeros((size, *tensor.shape[1:])))
         self._tokens = torch.zeros(size, dtype=torch.int64, device=self._state.tensors()[0].device)
+        self._kept = self._state.tensors()
         self._graph = torch.cuda.CUDAGraph()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -156,25 +156,28 @@ class _Graph:
         # Other threads may use the GPU meanwhile.
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._logits, after = stepper.step(self._tokens, self._state)
-            for kept, new in zip(self._state.tensors(), after.tensors(), strict=True):
+            for kept, new in zip(self._kept, after.tensors(), strict=True):
                 if new.data_ptr() != kept.data_ptr():
                     kept.copy_(new)
         self._given: ModelState | None = None
 
-    def _pairs(self, state: ModelState) -> Iterator[tuple[Tensor, Tensor]]:
-        return zip(self._state.tensors(), state.tensors(), strict=True)
-
     def step(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
         rows = tokens.shape[0]
+        full = rows == self._tokens.shape[0]
         if state is not self._given:
+            given = state.tensors()
             # Empty tensors all lie at address 0.
-            if any(new.numel() > 0 and new.data_ptr() == kept.data_ptr() for kept, new in self._pairs(state)):
+            if any(
+                new.numel() > 0 and new.data_ptr() == kept.data_ptr()
+                for kept, new in zip(self._kept, given, strict=True)
+            ):
                 raise ArgumentError("state: was given back before and has been overwritten since; clone it to keep")
-            copy_states(self._state.map(lambda tensor: tensor[:rows]), state)
+            copy_tensors(self._kept if full else [kept[:rows] for kept in self._kept], given)
         self._tokens[:rows].copy_(tokens)
         self._graph.replay()
         if state is not self._given:
-            self._given = self._state.map(lambda tensor: tensor[:rows])
+            # A new object every time: an older one stands for what has been overwritten.
+            self._given = replace(self._state) if full else self._state.map(lambda tensor: tensor[:rows])
         assert self._given is not None
         return self._logits[:rows], self._given
 
