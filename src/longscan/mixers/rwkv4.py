@@ -191,7 +191,7 @@ def weighted_average(w: Tensor, u: Tensor, k: Tensor, v: Tensor, before: Tensor)
 
 
 def _in_a_row(earlier: Tensor, later: Tensor, fall: Tensor) -> Tensor:
-    """The sums (batch, 3, channels) after two stretches, of those of each; over the later the peak falls by ``fall``."""
+    """The sums (batch, 3, channels) after two stretches, of those of each; the peak falls by ``fall`` in the later."""
     # Peaks only set the scale of the sums, but how far the earlier one falls is w's, and has a gradient.
     old, new = earlier[:, 2].detach(), later[:, 2].detach()
     peak = torch.maximum(old - fall.detach(), new)
