@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from longscan.errors import CheckpointError, StorageError, TrainingError
-from longscan.training import TrainConfig
-from longscan.training import checkpoint as checkpoint_module
-from longscan.training.checkpoint import describe_checkpoint, list_checkpoints
+from longscan.training import TrainConfig, sealed
+from longscan.training.sealed import describe_checkpoint, list_checkpoints
 from tests.training.helpers import CONFIG, SHAPE, Silent, history, make_trainer
 
 
@@ -128,7 +127,7 @@ def test_full_disk_keeps_the_checkpoint_before(tmp_path: Path, monkeypatch: pyte
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_module, "_flush", full)
+        patch.setattr(sealed, "_flush", full)
         with pytest.raises(StorageError, match=r"step-00000008: .*No space left.*earlier checkpoints are untouched"):
             make_trainer(tmp_path, stop=after(4))[0].run()
     assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == [4]
