@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from longscan.cli.generate import load_run
 from tests.cli.test_main_job import call, metrics, start, wait_for_step
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
@@ -68,6 +69,8 @@ def test_a_killed_process_is_started_anew_and_a_killed_run_goes_on(place: Path) 
     assert "started anew: going on with runs/killed" in out
     wait_until_gone(second)
     assert 30 <= len(metrics(run)) < STEPS
+    model, _ = load_run(run, "cpu")  # of the newest shards
+    assert model.config.d_model == 16
     code, out, error = call(place, "train", "--resume", "runs/killed", "--nproc", "1", "--sample", "0")
     assert code == 0, out + error
     assert_same_run(run, place / "runs" / "whole")

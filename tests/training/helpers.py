@@ -43,13 +43,14 @@ def make_trainer(
     shape: LanguageModelConfig = SHAPE,
     observer: Silent | None = None,
     ranks: Ranks | None = None,
+    device: torch.device | None = None,
 ) -> tuple[Trainer, LanguageModel]:
     """A trainer of a fresh model in a folder."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
-    model = LanguageModel(shape)
+    model = LanguageModel(shape).to(device)  # initialised on the CPU: the same weights on every device
     batches = Batches(TOKENS, config.batch_size, config.sequence_length, config.seed, config.carry_state)
-    ranks, device = ranks or Ranks(), torch.device("cpu")
+    ranks, device = ranks or Ranks(), device or torch.device("cpu")
     stepper = Stepper(model, config, batches, ranks=ranks, device=device)
     trainer = Trainer(
         folder,
@@ -66,7 +67,7 @@ def make_trainer(
 
 
 def held_out(model: LanguageModel) -> float:
-    tokens = torch.from_numpy(TOKENS[:65].astype(np.int64))[None]
+    tokens = torch.from_numpy(TOKENS[:65].astype(np.int64))[None].to(model.device)
     with torch.no_grad():
         return float(model.loss(tokens[:, :-1], tokens[:, 1:]))
 

@@ -1,4 +1,4 @@
-"""What each process of `torchrun` does in the tests of several ranks: `python -m tests.training.worker FOLDER WHAT`."""
+"""What each process of torchrun does in the tests of several ranks: `-m tests.training.worker FOLDER DEVICE PART...`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import functools
 import json
 import resource
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +34,17 @@ def config_of(case: str) -> TrainConfig:
     return dataclasses.replace(BASE, **CASES[case])
 
 
-def cases(root: Path, ranks: Ranks) -> None:
+def cases(root: Path, ranks: Ranks, device: torch.device) -> None:
     """Every case to its end."""
     for name in CASES:
-        trainer, model = make_trainer(root / name, config_of(name), ranks=ranks)
+        trainer, model = make_trainer(root / name, config_of(name), ranks=ranks, device=device)
         assert trainer.run()
         whole = gather(model, ranks)
         if whole is not None and ranks.first:
             whole.save_pretrained(root / name / "model")
 
 
-def full_disk(root: Path, ranks: Ranks) -> None:
+def full_disk(root: Path, ranks: Ranks, device: torch.device) -> None:
     """The second process cannot write its second shard: what each is told, and which checkpoints are left."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     steps = 0
@@ -58,7 +57,7 @@ def full_disk(root: Path, ranks: Ranks) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
         return False
 
-    trainer, _ = make_trainer(root / "full", config_of("saved"), ranks=ranks, stop=stop)
+    trainer, _ = make_trainer(root / "full", config_of("saved"), ranks=ranks, device=device, stop=stop)
     said = ""
     try:
         trainer.run()
@@ -68,22 +67,24 @@ def full_disk(root: Path, ranks: Ranks) -> None:
     (root / f"full-{ranks.rank}.json").write_text(json.dumps(said))
 
 
-def go_on(root: Path, ranks: Ranks) -> None:
-    """To the end from what two processes have left, and from what one has."""
+def go_on(root: Path, ranks: Ranks, device: torch.device) -> None:
+    """To the end from what other numbers of processes have left."""
     for name in ("damaged", "one"):
         observer = Silent()
-        trainer, _ = make_trainer(root / name, config_of("saved"), ranks=ranks, observer=observer)
+        trainer, _ = make_trainer(root / name, config_of("saved"), ranks=ranks, device=device, observer=observer)
         assert trainer.run()
         (root / f"{name}-{ranks.rank}.json").write_text(json.dumps(observer.warnings))
 
 
-def main(folder: str, what: str) -> None:
+PARTS = {"cases": cases, "full_disk": full_disk, "go_on": go_on}
+
+
+def main(folder: str, device: str, *parts: str) -> None:
     # The compiler is not what is tested, and takes its time.
     torch.compile = functools.partial(torch.compile, backend="aot_eager")  # type: ignore[assignment]
-    todo: dict[str, list[Callable[[Path, Ranks], None]]] = {"first": [cases, full_disk], "second": [go_on]}
-    with join("cpu") as (ranks, _):
-        for each in todo[what]:
-            each(Path(folder), ranks)
+    with join(device) as (ranks, own):
+        for part in parts:
+            PARTS[part](Path(folder), ranks, own)
         ranks.wait()
 
 

@@ -108,7 +108,7 @@ def join(device: str) -> Iterator[tuple[Ranks, torch.device]]:
         )
     if sys.platform == "linux" and launch_id() is not None:
         # Were the launcher killed, nobody else would end this process, and it would go on writing.
-        torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)
+        torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # type: ignore[attr-defined]
     own = torch.device(device)
     if own.type == "cuda":
         local, here = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()

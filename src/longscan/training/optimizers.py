@@ -42,7 +42,7 @@ class Optimizers:
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
-        self.names: dict[nn.Parameter, str] = {parameter: name for name, parameter in model.named_parameters()}
+        self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         groups = parameter_groups(model, muon=config.optimizer == "muon")
         adamw = [
             {"params": list(groups[kind].values()), "weight_decay": decay}
@@ -106,7 +106,7 @@ class Optimizers:
             made[full_name] = torch.zeros_like(parameter, dtype=dtype) if shape else torch.zeros((), dtype=dtype)
         return made
 
-    def _owner(self, full_name: str, shape: torch.Size, source: object) -> tuple[str, str, nn.Parameter]:
+    def _owner(self, full_name: str, shape: torch.Size, source: object) -> tuple[str, str, Tensor]:
         """Optimiser, key and parameter that a tensor is of."""
         parameters = {name: parameter for parameter, name in self.names.items()}
         kind, _, rest = full_name.partition("/")

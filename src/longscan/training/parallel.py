@@ -78,17 +78,20 @@ def shard(model: LanguageModel, mesh: DeviceMesh) -> None:
 
 
 def gather(model: LanguageModel, ranks: Ranks) -> LanguageModel | None:
-    """A model that any code can use, of one that may be in shards; every process calls this.
+    """A model that any code can use after training, of one that may be in shards; every process calls this.
 
     Returns:
-        The model itself where it is whole, else a copy on the first process and None on the others.
+        The model itself where it is whole (its layers are neither compiled nor recomputed any more), else a copy on the
+        first process and None on the others.
     """
     if not any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        for block in model.backbone.blocks:
+            vars(block).pop("forward", None)
         return model
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    tensors = get_model_state_dict(model, options=options)
+    tensors: dict[str, Any] = get_model_state_dict(model, options=options)
     if not ranks.first:
         return None
     device = model.device

@@ -77,7 +77,7 @@ def newest_sound(root: Path, ranks: Ranks | None = None) -> tuple[Path | None, l
     Several processes share the reading, and come to one answer.
     """
     ranks = ranks or Ranks()
-    faults = []
+    faults: list[str] = []
     for name in ranks.share([path.name for _, path in list_checkpoints(root)]):
         found = [fault for fault in ranks.gather(_fault(root / name, ranks)) if fault is not None]
         if not found:

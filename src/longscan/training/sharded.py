@@ -6,6 +6,7 @@ Nothing is pickled to a file or unpickled from one (docs/decisions/0011-checkpoi
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -31,6 +32,7 @@ class _Writer(dcp.HuggingFaceStorageWriter):
 
     def __init__(self, building: Path, states: Mapping[str, State], seal: Callable[[dict[str, str]], None]) -> None:
         super().__init__(str(building), save_distributed=True)
+        self.per_thread_copy_ahead = 0  # all is in the CPU's memory; without it, no thread looks for a GPU
         self._building, self._states, self._seal = building, states, seal
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
@@ -111,4 +113,6 @@ def read_into(path: Path, tensors: Mapping[str, Tensor], group: Any) -> None:
     Args:
         group: a process group over CPUs; None in a process that is alone.
     """
-    dcp.load(dict(tensors), storage_reader=_Reader(str(path)), process_group=group, no_dist=group is None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it should be in one process
+        dcp.load(dict(tensors), storage_reader=_Reader(str(path)), process_group=group, no_dist=group is None)
