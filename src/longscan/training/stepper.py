@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from longscan.errors import ConfigError
 from longscan.models import LanguageModel
@@ -17,7 +17,9 @@ from longscan.training.batches import Batches
 from longscan.training.config import TrainConfig
 from longscan.training.distributed import Ranks
 from longscan.training.graphs import CapturedPass
+from longscan.training.guard import Guard
 from longscan.training.optimizers import Optimizers, clip_gradients
+from longscan.training.parallel import lay_out
 
 logger = logging.getLogger(__name__)
 
@@ -25,18 +27,6 @@ logger = logging.getLogger(__name__)
 def autocast(device: torch.device, precision: str) -> Any:
     """The context in which a model runs at a precision."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
-
-
-class Loss(nn.Module):
-    """A model's loss as a module's call: what wrappers of modules see."""
-
-    def __init__(self, model: LanguageModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: Tensor, targets: Tensor, state: ModelState | None) -> tuple[Tensor, ModelState | None]:
-        """Tokens, targets (batch, length) and the state before to the mean loss in nats, and the state after."""
-        return self.model.loss_and_state(tokens, targets, state)
 
 
 class Stepper:
@@ -63,8 +53,13 @@ class Stepper:
                 f"{config.accumulate}"
             )
         self.model = model
+        self._net = lay_out(model, config, ranks, device)
         self.optimizers = Optimizers(model, config)
         self.states: list[ModelState] | None = None
+        #: Decides which updates are made; None: all are.
+        self.guard = Guard(config.spike) if config.leave_out_bad_steps else None
+        #: Whether the last step's update was not made.
+        self.left_out = False
         self._config = config
         self._batches = batches
         self._device = device
@@ -72,13 +67,9 @@ class Stepper:
         first = ranks.rank * config.accumulate
         self._slices = [slice(part * rows, (part + 1) * rows) for part in range(first, first + config.accumulate)]
         self._ranks = ranks
-        loss = Loss(model)
-        self._net: Any = torch.compile(loss) if config.compile else loss
         self._captured: CapturedPass | None = None
-        captures = config.cuda_graph and device.type == "cuda" and ranks.size == 1 and not config.compile
-        self._captures = captures and model.backbone.capturable
-        if ranks.size > 1:
-            self._net = torch.nn.parallel.DistributedDataParallel(self._net, broadcast_buffers=False)
+        plain = ranks.size == 1 and not (config.compile or config.compile_blocks or config.recompute)
+        self._captures = config.cuda_graph and device.type == "cuda" and plain and model.backbone.capturable
 
     def step(self, step: int, factor: float) -> tuple[Tensor, Tensor]:
         """Do step ``step`` (from 0) at ``factor`` times the peak learning rates.
@@ -103,16 +94,27 @@ class Stepper:
                 self.states[index] = after.detach() if len(self._slices) == 1 else after.detach().clone()
             total += loss
         norm = clip_gradients(self.model.parameters(), config.clip)
-        self.optimizers.step(factor)
-        return self._ranks.mean(total), norm
+        loss = self._ranks.mean(total)
+        self.left_out = self.guard is not None and not self.guard.accepts(*self._agreed(loss, norm))
+        if self.left_out:
+            self.optimizers.discard()
+            self.states = None  # what made the gradient bad may be in them
+        else:
+            self.optimizers.step(factor)
+        return loss, norm
+
+    def _agreed(self, *values: Tensor) -> list[float]:
+        """Numbers, of the last bit the same in all processes."""
+        return [self._ranks.broadcast(value.item(), self._device) for value in values]
 
     def _pass(
         self, index: int, tokens: Tensor, targets: Tensor, state: ModelState | None
     ) -> tuple[Tensor, ModelState | None]:
         """Forward and backward of one micro-batch: its part of the mean loss, and the state after it."""
         last = index == len(self._slices) - 1
-        # Only the last micro-batch needs to exchange gradients.
-        quiet = contextlib.nullcontext() if last or self._ranks.size == 1 else self._net.no_sync()
+        # Replicas need to exchange gradients only after the last micro-batch; shards do after each, for the memory.
+        replicas = isinstance(self._net, torch.nn.parallel.DistributedDataParallel)
+        quiet = self._net.no_sync() if replicas and not last else contextlib.nullcontext()
         with quiet:
             loss, after = self._loss(tokens, targets, state)
             loss.backward()
@@ -161,6 +163,7 @@ class Stepper:
         self.model.load_state_dict(before)
         self.optimizers = Optimizers(self.model, self._config)
         self.states = None
+        self.guard = Guard(self._config.spike) if self.guard is not None else None
         torch.set_rng_state(random)
         typical = sorted(durations)[len(durations) // 2]
         return self._ranks.broadcast(typical, self._device)
