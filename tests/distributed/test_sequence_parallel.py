@@ -27,7 +27,7 @@ DIVIDED = [name for name, (mixer, _) in VARIANTS.items() if mixer != "hyena"]
 # Processes, and where packed sequences begin: on borders of parts and beside them, some empty, some over several parts.
 CASES = ((2, [0, 2, 2, 8, 13, 17]), (3, None), (4, [0, 1, 17]))
 # One variant of each mixer.
-MIXERS = {mixer: name for name, (mixer, _) in reversed(VARIANTS.items()) if name in DIVIDED}
+MIXERS = {mixer: name for name, (mixer, options) in VARIANTS.items() if name in DIVIDED and "block" not in options}
 
 
 def worker(groups: Groups) -> list[str]:
