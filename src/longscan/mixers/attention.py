@@ -17,7 +17,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 
 from longscan.errors import ArgumentError
 from longscan.nn.mixer import SequenceMixer, check_batch
@@ -148,6 +147,8 @@ class Attention(SequenceMixer):
 
         As in Llama 3's training (arXiv 2407.21783, section 3.3.2): of the length, keys and values alone are whole.
         """
+        from torch.nn.attention.bias import causal_lower_right  # brings the compiler with it
+
         segments = part.segments(x, cu_seqlens)
         queries, keys, values = self._project(x)
         offsets = [0, x.shape[1]] if segments.cu_seqlens is None else segments.cu_seqlens.tolist()

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longscan.nn.mixer import SequenceMixer
-from longscan.nn.sequence_parallel import Leaving, SequencePart, alone, current_part
+from longscan.nn.sequence_parallel import Leaving, SequencePart, alone, current_part, uncompiled
 
 
+@uncompiled
 def relay(mixer: SequenceMixer, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """``mixer(x)`` of this process's part x (batch, part, d_model), once the process before is through with its own.
 

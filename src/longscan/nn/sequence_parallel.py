@@ -35,7 +35,14 @@ from longscan.ops.checks import check_offsets
 #: What leaves a stretch: tensors, each with the sequences along axis 0.
 Leaving = tuple[Tensor, ...]
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Callable[..., Any])
+
+
+def uncompiled(function: T) -> T:
+    """What a compiler leaves as it is: it does not trace exchanges, and breaks its graphs there."""
+    # As torch.compiler.disable, but the compiler (a second's import) is not loaded before the function is called.
+    left: T = torch._disable_dynamo(function)
+    return left
 
 
 @dataclasses.dataclass
@@ -62,10 +69,12 @@ class Segments:
     last: int
     starts: tuple[int, ...]
 
+    @uncompiled
     def broken(self, first: int, end: int) -> bool:
         """Whether a sequence begins at a token of ``first .. end - 1``, so that nothing passes from before to after."""
         return bisect.bisect_left(self.starts, first) < bisect.bisect_left(self.starts, end)
 
+    @uncompiled
     def begin(self, position: int) -> int:
         """Where the sequence began in which a token of the whole row lies."""
         return self.starts[bisect.bisect_right(self.starts, position) - 1]
@@ -112,6 +121,7 @@ class SequencePart:
         dist.all_reduce(value, group=self.group)
         return value / self.size
 
+    @uncompiled
     def segments(self, x: Tensor, cu_seqlens: Tensor | None) -> Segments:
         """What x (batch, part, ...) holds; ``cu_seqlens`` are offsets in the whole row, the same in all processes.
 
@@ -203,6 +213,7 @@ class SequencePart:
         rest = [part.narrow(dim, 0, 0) for part in parts[len(sizes) :]]
         return torch.cat([*rest, *known[::-1]], dim=dim)
 
+    @uncompiled
     def shift(self, tensors: Leaving, distance: int, nothing: Leaving, cut: bool) -> Leaving:
         """The tensors of the process ``distance`` before this one; ``nothing`` where ``cut`` or where there is none.
 
