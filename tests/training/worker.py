@@ -1,4 +1,4 @@
-"""What each process of torchrun does in the tests of several ranks: `-m tests.training.worker FOLDER DEVICE PART...`."""
+"""What each process of torchrun does in the tests of several: `-m tests.training.worker FOLDER DEVICE PART...`."""
 
 from __future__ import annotations
 

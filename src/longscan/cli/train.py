@@ -157,6 +157,10 @@ def saved_options(folder: Path) -> Options:
 
 def run(options: Options) -> int:
     """Train, measure, sample. Exit code 0; 130 or 143 after a stop by Ctrl-C or SIGTERM, with everything saved."""
+    if options.nproc < 1 or options.max_restarts < 0:
+        raise ConfigError(
+            f"nproc must be at least 1 and max_restarts not negative, got {options.nproc} and {options.max_restarts}"
+        )
     if options.nproc > 1 and "WORLD_SIZE" not in os.environ:
         from longscan.cli.launch import launch
 
