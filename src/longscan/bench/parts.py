@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from longscan.bench.contest import Settings, describe, failure
+from longscan.bench.contest import Settings, describe
 from longscan.bench.kept import Kept
 from longscan.bench.report import Report, Row
 from longscan.errors import ArgumentError
@@ -25,9 +25,9 @@ AXES = "processes,length,d_model"
 def run(settings: Settings) -> Report:
     """kB that the busiest process sends for one layer and one sequence, forward and backward, float32.
 
-    CPU processes (gloo). Counted, so the same on any network. A note has the messages, the bytes a token that autograd
-    keeps in a process that has a part and in one that has the whole sequence, and the seconds of a pass of the slowest
-    process over those of the whole in one: the work of a part, not of a network. A mixer that cannot be cut says why.
+    CPU processes (gloo). Counted, so the same on any network. A note has the messages, and the bytes a token that
+    autograd keeps in a process that has a part and in one that has the whole sequence. A mixer that cannot be cut says
+    why.
     """
     if settings.device != "cpu":
         raise ArgumentError(f"device: got {settings.device!r}; bytes are counted between processes on CPUs (cpu)")
@@ -51,9 +51,8 @@ def measure(shape: tuple[int, ...], names: tuple[str, ...], settings: Settings) 
         if not note:
             most = max(own, key=lambda part: part["bytes"])
             value = most["bytes"] / 1e3
-            kept, time_ = max(part["kept"] for part in own), max(part["seconds"] for part in own)
-            note = f"{most['messages']} messages; kept a token {kept:,.0f} bytes, whole {own[0]['whole_kept']:,.0f}; "
-            note += f"time {time_ / own[0]['whole_seconds']:.2f}"
+            kept, whole = max(part["kept"] for part in own), own[0]["whole"]
+            note = f"{most['messages']} messages; kept a token {kept:,.0f} bytes, whole {whole:,.0f}"
         series = f"{processes} processes, width {shape[2]}"
         rows.append(Row(describe(shape, "float32"), name, "peer", None, value, note=note, series=series, place=length))
     return rows
@@ -63,29 +62,24 @@ def _process(rank: int, folder: str, shape: tuple[int, ...], names: tuple[str, .
     processes, length, d_model = shape
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes)
-    found = {}
+    found: dict[str, Any] = {}
     for name in names:
         torch.manual_seed(seed)
         mixer = make_mixer(name, d_model)
         x = torch.randn(1, length, d_model).requires_grad_()
 
-        def once(whole: bool, mixer: Any = mixer, x: torch.Tensor = x) -> dict[str, Any]:
-            begin = time.perf_counter()
-            with Kept(mixer.parameters()) as kept:
-                if whole:
-                    mixer(x)[0].sum().backward()
-                    return {"whole_kept": kept.peak / length, "whole_seconds": time.perf_counter() - begin}
-                with sequence_parallel(length=length) as part:
-                    mixer(part.take(x))[0].sum().backward()
-            sent = part.traffic
-            seconds, tokens = time.perf_counter() - begin, part.end - part.start
-            return {"bytes": sent.bytes, "messages": sent.messages, "kept": kept.peak / tokens, "seconds": seconds}
-
         try:
-            once(False)  # compiles
-            found[name] = once(False) | (once(True) and once(True))
+            with Kept(mixer.parameters()) as whole:
+                mixer(x)[0].sum().backward()
+            with Kept(mixer.parameters()) as kept, sequence_parallel(length=length) as part:
+                mixer(part.take(x))[0].sum().backward()
+            found[name] = {
+                **dataclasses.asdict(part.traffic),
+                "kept": kept.peak / (part.end - part.start),
+                "whole": whole.peak / length,
+            }
         except ArgumentError as error:
-            found[name] = {"refused": failure(error)}
+            found[name] = {"refused": str(error)}
         dist.barrier()
     (Path(folder) / f"found-{rank}").write_text(json.dumps(found))
     dist.destroy_process_group()

@@ -52,8 +52,8 @@ def backward_in_chunks(
     state = model.initial_state(tokens.shape[0])
     total = torch.zeros((), device=tokens.device)
     if gradients == "truncated":
-        for piece in pieces:
-            loss, after = model.loss_and_state(*piece, state, reduction="sum")
+        for piece, goal in pieces:
+            loss, after = model.loss_and_state(piece, goal, state, reduction="sum")
             (loss / count).backward()
             total += loss.detach()
             assert after is not None
@@ -61,9 +61,9 @@ def backward_in_chunks(
         return total / count
     borders = _borders(model, [piece for piece, _ in pieces], state)
     following: list[Tensor] | None = None
-    for piece in reversed(pieces):
+    for piece, goal in reversed(pieces):
         before = borders.pop().map(_leaf)
-        loss, after = model.loss_and_state(*piece, before, reduction="sum")
+        loss, after = model.loss_and_state(piece, goal, before, reduction="sum")
         total += loss.detach()
         ends: list[Tensor] = [loss / count]
         pulls: list[Tensor] = [torch.ones_like(loss)]

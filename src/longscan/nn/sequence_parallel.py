@@ -41,7 +41,7 @@ T = TypeVar("T", bound=Callable[..., Any])
 def uncompiled(function: T) -> T:
     """What a compiler leaves as it is: it does not trace exchanges, and breaks its graphs there."""
     # As torch.compiler.disable, but the compiler (a second's import) is not loaded before the function is called.
-    left: T = torch._disable_dynamo(function)
+    left: Any = torch._disable_dynamo(function)
     return left
 
 

@@ -118,7 +118,7 @@ class _ByChannel(ParallelStyle):
                 assert isinstance(parameter, DTensor)
                 local = parameter.to_local()
                 vars(local).update(vars(parameter))
-                owner._parameters[name] = local  # type: ignore[assignment]
+                owner._parameters[name] = local
             # The same in every process; each gives a part of its gradient.
             x = DTensor.from_local(arguments[0], device_mesh, [Replicate()], run_check=False)
             return x.to_local(grad_placements=[Partial()]), *arguments[1:]
