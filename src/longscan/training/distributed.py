@@ -116,8 +116,12 @@ def join(device: str) -> Iterator[tuple[Ranks, torch.device]]:
             raise ConfigError(f"process {local} of this machine finds no GPU of its own, here are {here}; start fewer")
         own = torch.device("cuda", local)
         torch.cuda.set_device(own)
+    # The launcher's store outlives the processes: those started anew must not meet the addresses of those before them.
+    store, rank, size = next(torch.distributed.rendezvous("env://"))
+    store = torch.distributed.PrefixStore(f"attempt-{restarts()}", store)
     # Checkpoints are gathered on CPUs.
-    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
         words = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
         yield Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), words), own
