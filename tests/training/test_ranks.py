@@ -157,6 +157,15 @@ def test_two_gpus_equal_one(tmp_path: Path) -> None:
     assert_same_run(tmp_path / "resumed", tmp_path / "one" / "saved", 5e-5)
 
 
+def test_sequences_that_cannot_be_shared(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="must divide sequence_length; got 3 and 16"):
+        dataclasses.replace(config_of("ddp"), sequence_parallel=3)
+    with pytest.raises(ConfigError, match="carry_state reads on from another"):
+        dataclasses.replace(config_of("saved"), sequence_parallel=2)
+    with pytest.raises(ConfigError, match="must divide the processes; got 2 and 1"):
+        make_trainer(tmp_path, config_of("parts"))
+
+
 def test_an_incomplete_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
