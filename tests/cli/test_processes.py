@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -41,11 +42,15 @@ def children(process: int) -> list[int]:
     return [child for child in found if b"longscan" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
-def wait_until_gone(processes: list[int]) -> None:
-    deadline = time.monotonic() + 30
-    while any(Path(f"/proc/{process}").exists() for process in processes):
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def wait_until_gone(processes: list[int]) -> None:
+    wait_for(lambda: not any(Path(f"/proc/{process}").exists() for process in processes))
 
 
 def test_a_killed_process_is_started_anew_and_a_killed_run_goes_on(place: Path) -> None:
@@ -53,28 +58,26 @@ def test_a_killed_process_is_started_anew_and_a_killed_run_goes_on(place: Path) 
     assert code == 0, out + error
     run = place / "runs" / "killed"
     launcher = start(place, *train("killed", "--nproc", "2", "--max-restarts", "1"))
-    wait_for_step(run, 8, launcher)
-    first = children(launcher.pid)
-    assert len(first) == 2
-    os.kill(first[random.Random(0).randrange(2)], signal.SIGKILL)
-    while set(children(launcher.pid)) & set(first) or len(children(launcher.pid)) < 2:
-        assert launcher.poll() is None, launcher.communicate()
-        time.sleep(0.05)
-    second = children(launcher.pid)
-    wait_for_step(run, 30, launcher)
-
-    # Its processes go with the launcher: none is left to write into the run.
-    launcher.kill()
-    out, _ = launcher.communicate()
-    assert "started anew: going on with runs/killed" in out
-    wait_until_gone(second)
+    try:
+        wait_for_step(run, 8, launcher)
+        first = children(launcher.pid)
+        assert len(first) == 2
+        os.kill(random.Random(0).choice(first), signal.SIGKILL)
+        wait_for(lambda: len(set(children(launcher.pid)) - set(first)) == 2)
+        second = children(launcher.pid)
+        wait_for_step(run, 30, launcher)
+    finally:
+        launcher.kill()
+        out, error = launcher.communicate()
+    assert "started anew: going on with runs/killed" in out, out + error
+    wait_until_gone(second)  # its processes go with the launcher: none is left to write into the run
     assert 30 <= len(metrics(run)) < STEPS
     model, _ = load_run(run, "cpu")  # of the newest shards
     assert model.config.d_model == 16
     code, out, error = call(place, "train", "--resume", "runs/killed", "--nproc", "1", "--sample", "0")
     assert code == 0, out + error
     assert_same_run(run, place / "runs" / "whole")
-    assert [path.name for path in (place / "runs").iterdir()].count("killed-2") == 0
+    assert not (place / "runs" / "killed-2").exists()
 
 
 def assert_same_run(found: Path, expected: Path) -> None:
