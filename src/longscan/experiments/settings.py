@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from longscan.errors import ArgumentError, ConfigError
-from longscan.tasks.synthetic import TASKS
+from longscan.tasks.registry import TASKS
 from longscan.tasks.task import Recipe, Task
 
 #: As published; and scaled down so that two CPU cores do it in minutes.
@@ -28,7 +28,7 @@ class System:
         label: in tables.
         mixer: of every layer, or several names that the layers cycle over.
         recipe: model and training.
-        longest: length beyond which it is not tested (its memory or time grows too fast); None: any.
+        longest: length (or key) beyond which it is not tested (its memory or time grows too fast); None: any.
     """
 
     name: str
@@ -48,9 +48,9 @@ class Settings:
         cost: what it takes, in words.
         task: trained on.
         published: name of the table of published figures.
-        lengths: to test at.
-        sequences: to test with, at each length.
-        until: end training early once the accuracy, over a stretch of fresh batches, is this; 0: never.
+        lengths: to test at, or other keys of the task's figures.
+        sequences: to test with, at each length, where there is no end to them.
+        until: end training early once the figure, over a stretch of batches, is as good as this; 0: never.
         systems: by name.
     """
 
