@@ -62,6 +62,8 @@ class Options:
     """The published setting, or one for two CPU cores; auto: the published one on a GPU."""
     only: str | None = None
     """Systems to run, with commas between; default: all of the experiment."""
+    data: str | None = None
+    """Where the task's data are, if it reads some: a folder, or what else its option `data` takes."""
     seed: int = 0
     """Of weights and data."""
     minutes: float | None = None
@@ -130,7 +132,7 @@ def _settings(options: Options, name: str, device: torch.device) -> Settings:
     scale = options.scale
     if scale == "auto":
         scale = "paper" if device.type == "cuda" else "here"
-    return read_settings(name, read_toml(options.experiments / f"{name}.toml"), scale)
+    return read_settings(name, read_toml(options.experiments / f"{name}.toml"), scale, data=options.data)
 
 
 def _chosen(settings: Settings, only: str | None) -> list[System]:

@@ -70,11 +70,16 @@ class Settings:
         return [length for length in self.lengths if system.longest is None or length <= system.longest]
 
 
-def read_settings(name: str, values: Mapping[str, Any], scale: str) -> Settings:
+def read_settings(name: str, values: Mapping[str, Any], scale: str, *, data: str | None = None) -> Settings:
     """An experiment at a scale, from the content of its file.
 
     Recipes are put together from the task's own, the scale's, the system's, and the system's at this scale; the later
     ones win.
+
+    Args:
+        name, values: of the experiment.
+        scale: one of :data:`SCALES`.
+        data: instead of the task's own option of that name: where its data are.
 
     Raises:
         ConfigError: a key is unknown or missing, or a value is not allowed.
@@ -90,7 +95,7 @@ def read_settings(name: str, values: Mapping[str, Any], scale: str) -> Settings:
     _check(at, _SCALE, f"{where}, [{scale}]")
     kind = TASKS[values["task"]]
     try:
-        task = kind(**at.get("task", {}))
+        task = kind(**{**at.get("task", {}), **({} if data is None else {"data": data})})
     except (ArgumentError, TypeError) as error:
         raise ConfigError(f"{where}, [{scale}.task]: {error}") from error
     recipe = _changed(kind.recipe, at.get("recipe", {}), f"{where}, [{scale}.recipe]")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from longscan.tasks.associative_recall import AssociativeRecall, MultiQueryAssociativeRecall
 from longscan.tasks.copying import Copying
+from longscan.tasks.digits import DigitsStandin, PermutedDigits, PermutedDigitsStandin, SequentialDigits
 from longscan.tasks.induction_heads import InductionHeads
 from longscan.tasks.selective_copying import SelectiveCopying
 from longscan.tasks.task import Task
@@ -17,4 +18,9 @@ def _by_name(*kinds: type[Task]) -> dict[str, type[Task]]:
 SYNTHETIC = _by_name(SelectiveCopying, Copying, InductionHeads, AssociativeRecall, MultiQueryAssociativeRecall)
 
 #: Name in configurations -> class.
-TASKS = SYNTHETIC | _by_name()
+TASKS = SYNTHETIC | _by_name(
+    SequentialDigits,
+    PermutedDigits,
+    DigitsStandin,
+    PermutedDigitsStandin,
+)
