@@ -160,6 +160,7 @@ def test_figures_as_one_says_them() -> None:
     assert ACCURACY.text(0.5) == "50.0%"
     assert BITS_PER_BYTE.text(1.2345) == "1.234"
     assert NRMSE.text(NRMSE.score(1.0, 4.0)) == "50.00%"
+    assert NRMSE.number(0.99999) == "100.00"
     assert ACCURACY.reaches(0.9, 0.8)
     assert not NRMSE.reaches(0.9, 0.8)
     assert [duration(s) for s in (5, 600, 9000)] == ["5 s", "10 min", "2.5 h"]
