@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from longscan.errors import ArgumentError
 from longscan.nn.mixer import SequenceMixer, check_batch, keep_float32
 from longscan.nn.packing import over_rows
+from longscan.nn.relay import relay
+from longscan.nn.sequence_parallel import current_part
 from longscan.nn.state import State
 from longscan.statespace import discretise_dense, transition
 from longscan.statespace.discretisation import ALPHAS
@@ -54,6 +56,7 @@ class HiPPO(SequenceMixer):
         A, B: (order, order) and (order,), float32 buffers. Not trained.
     """
 
+    undivided = None
     A: Tensor
     B: Tensor
 
@@ -102,6 +105,8 @@ class HiPPO(SequenceMixer):
         self, x: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, HiPPOState | None]:
         self.check_input(x, state, cu_seqlens, HiPPOState)
+        if current_part() is not None:
+            return relay(self, x, cu_seqlens), None
         before = state if isinstance(state, HiPPOState) else None
         if cu_seqlens is not None:
             return over_rows(self._walk, x, before, cu_seqlens)

@@ -75,6 +75,8 @@ class Hyena(SequenceMixer):
         The filters' network, ``frequency`` and ``D`` stay float32 when the module is converted to bfloat16 or float16.
     """
 
+    undivided = "a filter reaches over all of the past, which no small state sums up"
+
     def __init__(
         self,
         d_model: int,

@@ -24,6 +24,9 @@ from torch import Tensor, nn
 from longscan.errors import ArgumentError
 from longscan.nn.mixer import SequenceMixer, check_batch, keep_float32
 from longscan.nn.packing import over_rows
+from longscan.nn.recurrences import time_invariant
+from longscan.nn.relay import relay
+from longscan.nn.sequence_parallel import current_part
 from longscan.nn.state import State
 from longscan.statespace import discretise_dense, transition
 
@@ -58,6 +61,7 @@ class LMU(SequenceMixer):
         A_bar, B_bar: (order, order) and (order,), float32 buffers: not trained, as in both papers.
     """
 
+    undivided = None
     A_bar: Tensor
     B_bar: Tensor
 
@@ -113,10 +117,23 @@ class LMU(SequenceMixer):
     ) -> tuple[Tensor, LMUState | None]:
         self.check_input(x, state, cu_seqlens, LMUState)
         before = state if isinstance(state, LMUState) else None
+        part = current_part()
+        if part is not None:
+            if not self.parallel:
+                return relay(self, x, cu_seqlens), None
+            entering, cu_seqlens = time_invariant(part, x, cu_seqlens, self._leave, self._advance)
+            before = LMUState(entering, None)
         if cu_seqlens is not None:
-            return over_rows(self._run, x, before, cu_seqlens)
-        y, after = self._run(x, before, None)
-        return y, None if before is None else after
+            y, after = over_rows(self._run, x, before, cu_seqlens)
+        else:
+            y, after = self._run(x, before, None)
+        return y, None if state is None else after
+
+    def _leave(self, x: Tensor) -> Tensor:
+        return self.remember(self.in_proj(x)[..., : self.d_memory])[:, -1]
+
+    def _advance(self, memory: Tensor, steps: int) -> Tensor:
+        return memory @ torch.linalg.matrix_power(self.A_bar, steps).T
 
     def _run(self, x: Tensor, before: LMUState | None, lengths: Tensor | None) -> tuple[Tensor, LMUState]:
         if before is None:

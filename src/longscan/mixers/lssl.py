@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from longscan.errors import ArgumentError
 from longscan.nn.mixer import SequenceMixer, check_batch, keep_float32, no_weight_decay
 from longscan.nn.packing import over_rows
+from longscan.nn.recurrences import time_invariant
+from longscan.nn.sequence_parallel import current_part
 from longscan.nn.state import State
 from longscan.ops import long_conv
 from longscan.statespace import discretise_dense, log_uniform_steps, transition
@@ -55,6 +57,7 @@ class LSSL(SequenceMixer):
     """
 
     time_invariant = True
+    undivided = None
     A_bar: Tensor
     B_bar: Tensor
 
@@ -116,10 +119,24 @@ class LSSL(SequenceMixer):
     ) -> tuple[Tensor, LSSLState | None]:
         self.check_input(x, state, cu_seqlens, LSSLState)
         before = state if isinstance(state, LSSLState) else None
+        part = current_part()
+        if part is not None:
+            entering, cu_seqlens = time_invariant(part, x, cu_seqlens, self._leave, self._advance)
+            before = LSSLState(entering)
         if cu_seqlens is not None:
-            return over_rows(self._convolve, x, before, cu_seqlens)
+            y, after = over_rows(self._convolve, x, before, cu_seqlens)
+            return y, None if state is None else after
         y, after = self._convolve(x, before, None)
-        return y, None if before is None else after
+        return y, None if state is None else after
+
+    def _leave(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            u = x.to(self.C.dtype)
+            return torch.einsum("dnl,bld->bdn", _krylov(*self.system(), u.shape[1]), u.flip(1))
+
+    def _advance(self, states: Tensor, steps: int) -> Tensor:
+        with torch.autocast(states.device.type, enabled=False):
+            return _advance(self.system()[0], states, steps, steps)
 
     def _convolve(self, x: Tensor, before: LSSLState | None, lengths: Tensor | None) -> tuple[Tensor, LSSLState]:
         # Autocast is for matrix products of activations: the system itself is computed in float32.

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from longscan.errors import ArgumentError
 from longscan.nn.mixer import SequenceMixer, check_batch, keep_float32, no_weight_decay
 from longscan.nn.packing import over_rows
+from longscan.nn.sequence_parallel import Leaving, SequencePart, current_part
 from longscan.nn.state import State
 
 # The peak of an empty past: far below any key, and finite, so that differences of peaks are numbers.
@@ -63,6 +64,8 @@ class RWKV4(SequenceMixer):
     Attributes:
         time_decay (log w) and time_first (u) stay float32 when the module is converted to bfloat16 or float16.
     """
+
+    undivided = None
 
     def __init__(
         self,
@@ -101,10 +104,29 @@ class RWKV4(SequenceMixer):
     ) -> tuple[Tensor, RWKV4State | None]:
         self.check_input(x, state, cu_seqlens, RWKV4State)
         before = state if isinstance(state, RWKV4State) else None
+        part = current_part()
+        if part is not None:
+            before, cu_seqlens = self._enter(part, x, cu_seqlens)
         if cu_seqlens is not None:
-            return over_rows(self._mix, x, before, cu_seqlens)
-        y, after = self._mix(x, before, None)
-        return y, None if before is None else after
+            y, after = over_rows(self._mix, x, before, cu_seqlens)
+        else:
+            y, after = self._mix(x, before, None)
+        return y, None if state is None else after
+
+    def _enter(self, part: SequencePart, x: Tensor, cu_seqlens: Tensor | None) -> tuple[RWKV4State, Tensor | None]:
+        """The state of every row of this process's part x, and its own offsets."""
+        segments = part.segments(x, cu_seqlens)
+        fresh = self.initial_state(x.shape[0], x.device, x.dtype)
+        last = part.border(x, 1, segments).squeeze(1)
+        # The last sequence, from an empty sum; of the token before it only where it began in an earlier part.
+        own = fresh if segments.last else RWKV4State(last, fresh.wkv)
+        _, after = self._mix(x[:, segments.last :], own, None)
+
+        def join(earlier: Leaving, later: Leaving, steps: int) -> Leaving:
+            return (_in_a_row(earlier[0], later[0], steps * torch.exp(self.time_decay.to(fresh.wkv))),)
+
+        (wkv,) = part.entering((after.wkv,), join, (fresh.wkv,), segments)
+        return RWKV4State(segments.rows_of(last, fresh.last), segments.rows_of(wkv, fresh.wkv)), segments.cu_seqlens
 
     def _mix(self, x: Tensor, before: RWKV4State | None, lengths: Tensor | None) -> tuple[Tensor, RWKV4State]:
         """x (batch, length, d_model) to y and the state after each row's length (None: all of it)."""
@@ -166,6 +188,16 @@ def weighted_average(w: Tensor, u: Tensor, k: Tensor, v: Tensor, before: Tensor)
     numerator, denominator = sums_before.unbind(2)
     wkv = (past * numerator + present * v) / (past * denominator + present)
     return wkv, sums, peak
+
+
+def _in_a_row(earlier: Tensor, later: Tensor, fall: Tensor) -> Tensor:
+    """The sums (batch, 3, channels) after two stretches, of those of each; the peak falls by ``fall`` in the later."""
+    # Peaks only set the scale of the sums, but how far the earlier one falls is w's, and has a gradient.
+    old, new = earlier[:, 2].detach(), later[:, 2].detach()
+    peak = torch.maximum(old - fall.detach(), new)
+    past, present = torch.exp((old - peak) - fall), torch.exp(new - peak)
+    sums = past[:, None] * earlier[:, :2] + present[:, None] * later[:, :2]
+    return torch.cat((sums, peak[:, None]), dim=1)
 
 
 def _stretches(length: int) -> tuple[int, int]:
