@@ -244,12 +244,8 @@ class Hyena(SequenceMixer):
 
     def _taps(self, lags: int) -> Tensor:
         """(lags, n_filters, d_model), lag 0 last: in the order of the past, so that a step is one product and a sum."""
-        filters = self.filters(lags)
-        return (
-            torch.cat((filters[..., 1:].flip(2), (filters[..., 0] + self.D)[..., None]), dim=2)
-            .permute(2, 0, 1)
-            .contiguous()
-        )
+        skips = F.pad(self.D[..., None], (0, lags - 1))
+        return (self.filters(lags) + skips).flip(2).permute(2, 0, 1).contiguous()
 
     def initial_state(
         self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
