@@ -97,6 +97,28 @@ def test_lmu_is_the_papers_cell() -> None:
         torch.testing.assert_close(mixer(x[None])[0][0, t], h)
 
 
+def test_gradients_of_lmus_walk_are_those_of_its_equations() -> None:
+    torch.manual_seed(0)
+    mixer = moved(LMU(3, order=4, theta=7, d_memory=2, d_hidden=3, bias=True, dtype=double))
+    x = torch.randn(2, 6, 3, dtype=double, requires_grad=True)
+    state = mixer.initial_state(2)
+    start = [torch.randn_like(part, requires_grad=True) for part in (state.memory, state.hidden)]
+    y, after = mixer(x, type(state)(*start))
+    m, h = start
+    outputs = []
+    for u, own in zip(*(part.unbind(1) for part in mixer.in_proj(x).split([2, 3], dim=-1)), strict=True):
+        u = u + mixer.encoder(torch.cat((h, m.flatten(1)), dim=1))
+        m = m @ mixer.A_bar.T + u[..., None] * mixer.B_bar
+        h = torch.tanh(own + mixer.hidden_proj(h) + mixer.memory_proj(m.flatten(1)))
+        outputs.append(h)
+    weights = torch.randn_like(y), torch.randn_like(m)
+    given = [x, *start, *mixer.parameters()]
+    one = torch.autograd.grad((y * weights[0]).sum() + (after.memory * weights[1]).sum(), given)
+    other = torch.autograd.grad((torch.stack(outputs, 1) * weights[0]).sum() + (m * weights[1]).sum(), given)
+    for found, expected in zip(one, other, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def test_lmu_has_the_papers_parameters() -> None:
     """Permuted sequential MNIST: 102,027 trained numbers, of which 2,130 are the classifier's."""
     cell = LMU(1, order=256, theta=784, d_hidden=212)
