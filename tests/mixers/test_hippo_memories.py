@@ -154,6 +154,40 @@ def test_hippo_is_the_papers_cell(discretisation: str) -> None:
         torch.testing.assert_close(mixer(x[None])[0][0, t], h)
 
 
+@pytest.mark.parametrize("options", [{}, {"measure": "legt", "window": 6.0}], ids=["legs", "legt"])
+@pytest.mark.parametrize("ages", [[2, 2], [0, 5]], ids=["one-age", "two-ages"])
+def test_gradients_of_hippos_walk_are_those_of_its_equations(options: dict[str, Any], ages: list[int]) -> None:
+    torch.manual_seed(0)
+    mixer = moved(HiPPO(3, order=4, d_memory=2, **options, dtype=double))
+    x = torch.randn(2, 6, 3, dtype=double, requires_grad=True)
+    state = mixer.initial_state(2)
+    start = [torch.randn_like(part, requires_grad=True) for part in (state.memory, state.hidden)]
+    y, after = mixer(x, type(state)(*start, torch.tensor(ages)))
+    m, h = start
+    outputs = []
+    for t, (u, gates) in enumerate(zip(*(part.unbind(1) for part in mixer.in_proj(x).split([2, 6], -1)), strict=True)):
+        m = mixer.remember(m, u + mixer.encoder(h), torch.tensor(ages) + t)
+        g, new = (gates + mixer.memory_proj(m.flatten(1))).split(3, dim=1)
+        h = (1 - g.sigmoid()) * h + g.sigmoid() * new.tanh()
+        outputs.append(h)
+    weights = torch.randn_like(y), torch.randn_like(m)
+    given = [x, *start, *mixer.parameters()]
+    one = torch.autograd.grad((y * weights[0]).sum() + (after.memory * weights[1]).sum(), given)
+    other = torch.autograd.grad((torch.stack(outputs, 1) * weights[0]).sum() + (m * weights[1]).sum(), given)
+    for found, expected in zip(one, other, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@torch.no_grad()
+def test_hippos_matrices_are_solved_in_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    mixer = moved(HiPPO(3, order=4, dtype=double))
+    x = torch.randn(2, 23, 3, dtype=double)
+    expected, _ = mixer(x)
+    monkeypatch.setattr("longscan.mixers.hippo._NUMBERS", 5 * 16)
+    torch.testing.assert_close(mixer(x)[0], expected)
+
+
 def test_hippos_memory_is_the_signals_projection() -> None:
     """With rows at different times, as after packed sequences, each has its own clock."""
     torch.manual_seed(0)

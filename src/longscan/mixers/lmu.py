@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from longscan.errors import ArgumentError
 from longscan.nn.mixer import SequenceMixer, check_batch, keep_float32
-from longscan.nn.packing import over_rows
+from longscan.nn.packing import after_own_length, over_rows
 from longscan.nn.state import State
 from longscan.statespace import discretise_dense, transition
 
@@ -130,7 +130,7 @@ class LMU(SequenceMixer):
         if self.parallel:
             memory = self.remember(u, before.memory)
             y = torch.tanh(own + self.memory_proj(memory.flatten(-2).to(own.dtype)))
-            after = LMUState(_after(memory, before.memory, lengths), None)
+            after = LMUState(after_own_length(memory, before.memory, lengths), None)
         else:
             y, after = self._walk(u, own, before, lengths)
         y = y.to(x.dtype)
@@ -157,7 +157,9 @@ class LMU(SequenceMixer):
             )
             hidden, memory = states.split([self.d_hidden, fade.shape[0]], dim=2)
             memory = memory.unflatten(2, (self.d_memory, self.order))
-        after = LMUState(_after(memory, before.memory, lengths), _after(hidden, before.hidden, lengths))
+        after = LMUState(
+            after_own_length(memory, before.memory, lengths), after_own_length(hidden, before.hidden, lengths)
+        )
         return hidden, after
 
     def remember(self, u: Tensor, memory: Tensor | None = None) -> Tensor:
@@ -215,14 +217,6 @@ def _powers(A: Tensor, highest: int) -> Tensor:
     while len(powers) <= highest:
         powers = torch.cat((powers, powers[1:] @ powers[-1]))
     return powers[: highest + 1]
-
-
-def _after(memory: Tensor, before: Tensor, lengths: Tensor | None) -> Tensor:
-    """Each row's memory (or h) after its own length, of those after every step, (rows, length, ...)."""
-    if lengths is None:
-        return memory[:, -1]
-    every = torch.cat((before[:, None], memory), dim=1)
-    return every[torch.arange(len(every), device=every.device), lengths.to(every.device)]
 
 
 class _Walk(torch.autograd.Function):
