@@ -115,6 +115,18 @@ def test_a_decay_below_the_digits_of_a_key_still_fades() -> None:
     assert abs(float(total) - (20 - 2e-7 * 19_999)) < 1e-3
 
 
+@torch.no_grad()
+def test_a_million_steps() -> None:
+    """Decays from none to speak of to e^-20 a step: an average of ones stays one, in float32, and the state finite."""
+    length = 2**20
+    w, k = torch.tensor([1e-9, 1e-3, 20.0]), 10 * torch.randn(1, length, 3, generator=torch.Generator().manual_seed(0))
+    before = torch.zeros(1, 3, 3)
+    before[:, 2] = -1e38
+    y, *sums = weighted_average(w, torch.zeros(3), k, torch.ones_like(k), before)
+    torch.testing.assert_close(y, torch.ones_like(y), rtol=0, atol=1e-5)
+    assert all(part.isfinite().all() for part in sums)
+
+
 def test_it_starts_as_the_authors_code() -> None:
     mixer = RWKV4(32, depth=0.0).to(torch.bfloat16)
     assert mixer.time_decay.dtype == torch.float32
