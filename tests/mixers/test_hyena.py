@@ -146,6 +146,26 @@ def test_steps_compute_filters_when_the_past_outgrows_them_or_weights_change(mon
     assert torch.autograd.grad(y.sum(), mixer.frequency)[0].abs().amax() > 0
 
 
+@pytest.mark.parametrize("max_length", [2, 100, 400])
+@torch.no_grad()
+def test_a_state_that_is_given_away_grows_in_place(max_length: int) -> None:
+    torch.manual_seed(0)
+    mixer = Hyena(4, max_length=max_length, filter_width=5).double()
+    x = torch.randn(2, 300, 4, dtype=torch.float64)
+    expected, _ = mixer(x)
+    state, memories = mixer.initial_state(2), set()
+    for t in range(300):
+        y, state = mixer.step(x[:, t], state, inplace=True)
+        torch.testing.assert_close(y, expected[:, t], rtol=1e-9, atol=1e-9)
+        assert state.nbytes == mixer.double().state_bytes(2, t + 1)
+        memories.add(state.room.memory.data_ptr())
+        if t == 200:
+            # A fork has memory of its own.
+            fork = state.select([0, 1])
+            mixer.step(torch.zeros(2, 4, dtype=torch.float64), fork, inplace=True)
+    assert len(memories) <= 6
+
+
 @torch.no_grad()
 def test_rows_of_unlike_lengths_go_on_together() -> None:
     mixer = Hyena(4, max_length=30).double()

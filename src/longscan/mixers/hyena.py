@@ -46,14 +46,39 @@ class _Taps:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Room:
+    """Memory of the past, (batch, capacity, n_filters, d_model), and where its newest vectors end."""
+
+    memory: Tensor
+    end: int
+
+    @classmethod
+    def appended(cls, state: HyenaState, given: Tensor, most: int) -> tuple[Tensor, _Room]:
+        """The past, of ``most`` tokens at most, with given (batch, n_filters, d_model) behind it; and its memory, which
+        doubles when it is full."""
+        before = state.past.shape[1]
+        room = state.room
+        if room is None or room.end == room.memory.shape[1]:
+            kept = min(before, most - 1)
+            memory = state.past.new_empty(len(given), max(64, 2 * kept), *given.shape[1:])
+            memory[:, :kept] = state.past[:, before - kept :]
+            room = cls(memory, kept)
+        room.memory[:, room.end] = given
+        end = room.end + 1
+        return room.memory[:, end - min(before + 1, most) : end], cls(room.memory, end)
+
+
+@dataclasses.dataclass(frozen=True)
 class HyenaState(State):
     """Last inputs of the short convolution, (batch, d_conv - 1, (order + 1) d_model), and what each filter was given
     so far, (batch, tokens, n_filters, d_model): newest last, zero before a sequence's start, at most max_length - 1."""
 
     conv: Tensor
     past: Tensor
-    #: What a step has computed of the filters, for the next one to use; no part of the state, and lost in a copy.
+    #: What a step leaves for the next one to use, no part of the state and lost in a copy: the filters that it has
+    #: computed, and the memory that the past is the end of, with room behind it.
     taps: _Taps | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
+    room: _Room | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
     def _cat(cls, states: Sequence[HyenaState]) -> HyenaState:
@@ -68,7 +93,8 @@ class Hyena(SequenceMixer):
     A sequence is of any length, but no filter reaches further back than ``max_length``. The state grows by n_filters
     vectors a token up to that; :meth:`state_bytes` tells. A step takes a sum over all of the past. The filters that it
     needs stay with the state (once for all sequences, not counted) and are computed anew, to twice the lags, when the
-    past outgrows them; where gradients are on, every time.
+    past outgrows them; where gradients are on, every time. A loop that gives its state away
+    (``step(..., inplace=True)``) appends in place to memory that doubles when it is full.
 
     Args:
         d_model: width of input and output.
@@ -227,10 +253,16 @@ class Hyena(SequenceMixer):
                 given.append(z)
                 z = _latest(state.past[:, state.past.shape[1] + 1 - reach :, i], z, taps[:, i])
             z = gates[n] * z if gates else z
-        past = torch.cat((state.past, torch.stack(given, dim=1)[:, None].to(state.past.dtype)), dim=1)
-        after = HyenaState(conv.to(state.conv.dtype), past[:, max(0, past.shape[1] - self.max_length + 1) :])
+        latest, room = torch.stack(given, dim=1).to(state.past.dtype), None
+        if inplace and kept is not None:
+            past, room = _Room.appended(state, latest, self.max_length - 1)
+        else:
+            past = torch.cat((state.past, latest[:, None]), dim=1)
+            past = past[:, max(0, past.shape[1] - self.max_length + 1) :]
+        after = HyenaState(conv.to(state.conv.dtype), past)
         if kept is not None:
             object.__setattr__(after, "taps", kept)
+            object.__setattr__(after, "room", room)
         return z if self.bare else self.out_proj(z), after
 
     def _kept(self, state: HyenaState, reach: int) -> _Taps:
