@@ -131,24 +131,26 @@ class LSSL(SequenceMixer):
     def _convolve(self, x: Tensor, before: LSSLState | None, lengths: Tensor | None) -> tuple[Tensor, LSSLState]:
         # Autocast is for matrix products of activations: the system itself is computed in float32.
         with torch.autocast(x.device.type, enabled=False):
-            u = x.to(self.C.dtype)
-            length = u.shape[1]
-            A_bar, B_bar = self.system()
-            if before is None:
-                y = long_conv(u, _kernels(A_bar, self.C, B_bar[..., None], length)[:, 0], self.D)
-                assert isinstance(y, Tensor)
-                return self._project(y.to(x.dtype)), self.initial_state(x.shape[0], x.device)
+            y, after = self._run(x.to(self.C.dtype), before, lengths)
+        return self._project(y.to(x.dtype)), after
+
+    def _run(self, u: Tensor, before: LSSLState | None, lengths: Tensor | None) -> tuple[Tensor, LSSLState]:
+        """y before GELU and projection, and the state, of which nothing is computed where none came in."""
+        A_bar, B_bar = self.system()
+        length, sources = u.shape[1], B_bar[..., None]
+        if before is not None:
             # At step l the old state has gone through A_bar l + 1 times: its part of y is a kernel too.
-            first = torch.einsum("dnm,bdm->dnb", A_bar, before.ssm)
-            kernel, *response = _kernels(A_bar, self.C, torch.cat((B_bar[..., None], first), dim=-1), length).unbind(1)
-            y = long_conv(u, kernel, self.D)
-            assert isinstance(y, Tensor)
-            y = y + torch.stack(response).transpose(1, 2)
-            steps = length if lengths is None else lengths.to(u.device)
-            # Each row's inputs, the last first.
-            backwards = u.flip(1) if lengths is None else _from_the_end(u, lengths.to(u.device))
-            ssm = _pulled(A_bar, B_bar, backwards) + _advance(A_bar, before.ssm, steps, length)
-        return self._project(y.to(x.dtype)), LSSLState(ssm)
+            sources = torch.cat((sources, torch.einsum("dnm,bdm->dnb", A_bar, before.ssm)), dim=-1)
+        kernel, *response = _kernels(A_bar, self.C, sources, length).unbind(1)
+        y = long_conv(u, kernel, self.D)
+        assert isinstance(y, Tensor)
+        if before is None:
+            return y, self.initial_state(u.shape[0], u.device)
+        # Each row's inputs, the last first.
+        backwards = u.flip(1) if lengths is None else _from_the_end(u, lengths.to(u.device))
+        steps = length if lengths is None else lengths.to(u.device)
+        ssm = _pulled(A_bar, B_bar, backwards) + _advance(A_bar, before.ssm, steps, length)
+        return y + torch.stack(response).transpose(1, 2), LSSLState(ssm)
 
     def step(self, x: Tensor, state: State, *, inplace: bool = False) -> tuple[Tensor, LSSLState]:
         self.check_input(x.unsqueeze(1), state, None, LSSLState)
