@@ -32,6 +32,7 @@ from longscan.nn.mixer import SequenceMixer, check_batch, keep_float32, no_weigh
 from longscan.nn.packing import over_rows
 from longscan.nn.sequence_parallel import Leaving, SequencePart, current_part
 from longscan.nn.state import State
+from longscan.ops import linear_scan
 
 # The peak of an empty past: far below any key, and finite, so that differences of peaks are numbers.
 _NOTHING = -1e38
@@ -48,8 +49,8 @@ class RWKV4State(State):
 class RWKV4(SequenceMixer):
     """RWKV-4's time mixing: ``y, _ = RWKV4(d_model=256)(x)``.
 
-    A sequence is scanned in two levels: all stretches of about sqrt(length) steps side by side, then the stretches in
-    turn, so that the number of operations in a row grows with the root of the length.
+    The two sums are linear scans. The peak is found in two levels: all stretches of about sqrt(length) steps side by
+    side, then the stretches in turn, so that the number of operations in a row grows with the root of the length.
 
     Args:
         d_model: width.
@@ -137,7 +138,7 @@ class RWKV4(SequenceMixer):
         v = self.value(shifted.lerp(x, self.time_mix_v.to(x.dtype)))
         r = self.receptance(shifted.lerp(x, self.time_mix_r.to(x.dtype)))
         wide = before.wkv.dtype
-        wkv, sums, peak = weighted_average(
+        wkv, *sums = weighted_average(
             torch.exp(self.time_decay.to(wide)), self.time_first.to(wide), k.to(wide), v.to(wide), before.wkv
         )
         y = self.output(torch.sigmoid(r) * wkv.to(r.dtype))
@@ -145,7 +146,7 @@ class RWKV4(SequenceMixer):
         ends: Any = -1
         if lengths is not None:
             rows, ends = torch.arange(x.shape[0], device=x.device), (lengths - 1).to(x.device)
-        after = torch.cat((sums[rows, ends], peak[rows, ends].unsqueeze(1)), dim=1)
+        after = torch.stack([part[rows, ends] for part in sums], dim=1)
         return y, RWKV4State(x[rows, ends].to(before.last.dtype), after)
 
     def initial_state(
@@ -162,7 +163,7 @@ class RWKV4(SequenceMixer):
         return f"{self.d_model}"
 
 
-def weighted_average(w: Tensor, u: Tensor, k: Tensor, v: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def weighted_average(w: Tensor, u: Tensor, k: Tensor, v: Tensor, before: Tensor) -> tuple[Tensor, ...]:
     """The wkv of the module's docstring.
 
     Args:
@@ -171,8 +172,7 @@ def weighted_average(w: Tensor, u: Tensor, k: Tensor, v: Tensor, before: Tensor)
         before: (batch, 3, channels): numerator, denominator, peak.
 
     Returns:
-        wkv (batch, length, channels), and after every step numerator and denominator (batch, length, 2, channels) and
-        the peak (batch, length, channels).
+        wkv, and after every step numerator, denominator and peak, each (batch, length, channels).
     """
     # The peak only sets the scale of both sums, so it is a constant to the gradient.
     with torch.no_grad():
@@ -182,12 +182,14 @@ def weighted_average(w: Tensor, u: Tensor, k: Tensor, v: Tensor, before: Tensor)
     weight = torch.exp(k - peak)
     # The peaks' difference first: w may be less than a peak's last digit.
     fade = torch.exp((peak_before - peak) - w)
-    sums = _scan(fade.unsqueeze(2), torch.stack((weight * v, weight), dim=2), before[:, :2])
-    sums_before = torch.cat((before[:, None, :2], sums[:, :-1]), dim=1)
     past, present = torch.exp(peak_before - highest), torch.exp(u + k - highest)
-    numerator, denominator = sums_before.unbind(2)
-    wkv = (past * numerator + present * v) / (past * denominator + present)
-    return wkv, sums, peak
+    sums, averages = [], []
+    for start, term, now in ((before[:, 0], weight * v, present * v), (before[:, 1], weight, present)):
+        total = linear_scan(fade, term, start)
+        assert isinstance(total, Tensor)
+        sums.append(total)
+        averages.append(torch.addcmul(now, past, torch.cat((start[:, None], total[:, :-1]), dim=1)))
+    return averages[0] / averages[1], *sums, peak
 
 
 def _in_a_row(earlier: Tensor, later: Tensor, fall: Tensor) -> Tensor:
@@ -220,21 +222,3 @@ def _running_peak(w: Tensor, k: Tensor, first: Tensor) -> Tensor:
         torch.stack(entering, 1)[:, :, None] - w * torch.arange(1, inner + 1, device=k.device, dtype=k.dtype)[:, None]
     )
     return torch.maximum(torch.stack(within, 2), faded).flatten(1, 2)[:, : k.shape[1]]
-
-
-def _scan(a: Tensor, b: Tensor, first: Tensor) -> Tensor:
-    """``h_t = a_t h_{t-1} + b_t`` along axis 1: a (batch, length, 1, channels), b (batch, length, 2, channels)."""
-    length = b.shape[1]
-    outer, inner = _stretches(length)
-    # Unbound, not indexed: the gradient of an index is as large as what it was taken from.
-    a, b = (F.pad(t, (0, 0, 0, 0, 0, outer * inner - length)).unflatten(1, (outer, inner)) for t in (a, b))
-    fades, adds = a.unbind(2), b.unbind(2)
-    within, fading = [adds[0]], [fades[0]]
-    for fade, add in zip(fades[1:], adds[1:], strict=True):
-        within.append(torch.addcmul(add, fade, within[-1]))
-        fading.append(fading[-1] * fade)
-    entering = [first]
-    for end, fade in zip(within[-1].unbind(1)[:-1], fading[-1].unbind(1)[:-1], strict=True):
-        entering.append(torch.addcmul(end, fade, entering[-1]))
-    h = torch.addcmul(torch.stack(within, 2), torch.stack(fading, 2), torch.stack(entering, 1)[:, :, None])
-    return h.flatten(1, 2)[:, :length]
