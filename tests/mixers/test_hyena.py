@@ -69,6 +69,18 @@ def test_it_is_its_definition(options: dict) -> None:
 
 
 @torch.no_grad()
+def test_bare_it_is_one_filter() -> None:
+    torch.manual_seed(0)
+    mixer = Hyena(4, max_length=6, filter_width=5, bare=True).double()
+    assert not any("proj" in name or "conv" in name for name, _ in mixer.named_parameters())
+    x = torch.randn(2, 11, 4, dtype=torch.float64)
+    y = mixer.D[0] * x
+    for lag in range(6):
+        y[:, lag:] += naive_filter(mixer, lag)[0] * x[:, : 11 - lag]
+    torch.testing.assert_close(mixer(x)[0], y, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
 def test_filters_do_not_depend_on_how_many_lags_are_asked_for() -> None:
     mixer = Hyena(4, max_length=50).double()
     filters = mixer.filters(50)

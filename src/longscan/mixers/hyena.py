@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +70,8 @@ class Hyena(SequenceMixer):
         filter_width, filter_layers: width and hidden layers (at least 1) of the filters' network.
         frequency: of its sine activations at first (it is learned, one a unit).
         bias: whether the projections have biases.
+        bare: y is one filter's convolution of the input itself, without projections, short convolution and gates: for
+            inside a block (longscan.nn.blocks). ``order`` and ``d_conv`` are of no account then.
 
     Attributes:
         The filters' network, ``frequency`` and ``D`` stay float32 when the module is converted to bfloat16 or float16.
@@ -88,6 +90,7 @@ class Hyena(SequenceMixer):
         filter_layers: int = 3,
         frequency: float = 10.0,
         bias: bool = True,
+        bare: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -101,13 +104,16 @@ class Hyena(SequenceMixer):
             raise ArgumentError(f"d_features must be odd and at least 3, got {d_features}")
         if order == 1 and not filter_values:
             raise ArgumentError("order 1 without filter_values has no filter at all")
+        self.bare = bare
+        if bare:
+            order, filter_values, d_conv = 0, True, 1
         self.d_model, self.max_length, self.order, self.d_conv = d_model, max_length, order, d_conv
         self.filter_values, self.d_features = filter_values, d_features
-        self.n_filters = order if filter_values else order - 1
-        self.in_proj = nn.Linear(d_model, (order + 1) * d_model, bias=bias, device=device, dtype=dtype)
-        # Holds the weights; the operator does the work.
+        self.n_filters = max(1, order) if filter_values else order - 1
         width = (order + 1) * d_model
-        self.conv1d = nn.Conv1d(width, width, d_conv, groups=width, device=device, dtype=dtype)
+        self.in_proj = None if bare else nn.Linear(d_model, width, bias=bias, device=device, dtype=dtype)
+        # Holds the weights; the operator does the work.
+        self.conv1d = None if bare else nn.Conv1d(width, width, d_conv, groups=width, device=device, dtype=dtype)
         widths = [d_features, *[filter_width] * filter_layers]
         layers = [nn.Linear(before, after, device=device) for before, after in itertools.pairwise(widths)]
         layers.append(nn.Linear(filter_width, self.n_filters * d_model, bias=False, device=device))
@@ -116,7 +122,7 @@ class Hyena(SequenceMixer):
         self.D = nn.Parameter(torch.randn(self.n_filters, d_model, device=device))
         for parameter in (*self.filter_network.parameters(), self.frequency, self.D):
             no_weight_decay(keep_float32(parameter))
-        self.out_proj = nn.Linear(d_model, d_model, bias=bias, device=device, dtype=dtype)
+        self.out_proj = None if bare else nn.Linear(d_model, d_model, bias=bias, device=device, dtype=dtype)
 
     def filters(self, length: int) -> Tensor:
         """h of the equations above, without the skips D, for the first ``length`` lags: (n_filters, d_model, length).
@@ -148,58 +154,67 @@ class Hyena(SequenceMixer):
     ) -> tuple[Tensor, HyenaState | None]:
         self.check_input(x, state, cu_seqlens, HyenaState)
         before = state if isinstance(state, HyenaState) else None
-        u = self.in_proj(x)
-        projected, conv = causal_conv1d(
-            u,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            None if before is None else before.conv.to(u.dtype),
-            cu_seqlens=cu_seqlens,
-            return_final_state=True,
-        )
+        projected, conv = self._project(x, None if before is None else before.conv, cu_seqlens)
         longest = x.shape[1] if cu_seqlens is None else int(cu_seqlens.diff().max())
         known = 0 if before is None else before.past.shape[1]
         # One lag more than there are inputs: the operator keeps as many inputs as reach into the next call.
         filters = self.filters(min(known + longest + 1, self.max_length))
         *gates, z = projected.chunk(self.order + 1, dim=-1)
         kept = []
-        for n, gate in enumerate(gates):
-            i = n - (self.order - self.n_filters)
+        for i, gate in self._rounds(gates):
             if i >= 0:
                 past = None if before is None else before.past[:, :, i].to(z.dtype)
                 z, last = long_conv(z, filters[i], self.D[i], past, cu_seqlens=cu_seqlens, return_final_state=True)
                 kept.append(last)
-            z = gate * z
+            z = z if gate is None else gate * z
+        y = z if self.out_proj is None else self.out_proj(z)
         if before is None:
-            return self.out_proj(z), None
+            return y, None
         after = HyenaState(conv.to(before.conv.dtype), torch.stack(kept, dim=2).to(before.past.dtype))
-        return self.out_proj(z), after
+        return y, after
+
+    def _project(self, x: Tensor, before: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The gates and v side by side, (batch, length, (order + 1) d_model), and the state of the convolution."""
+        if self.in_proj is None or self.conv1d is None:
+            return x, x[:, :0] if before is None else before
+        u = self.in_proj(x)
+        projected, conv = causal_conv1d(
+            u,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            None if before is None else before.to(u.dtype),
+            cu_seqlens=cu_seqlens,
+            return_final_state=True,
+        )
+        return projected, conv
+
+    def _rounds(self, gates: Sequence[Tensor]) -> Iterator[tuple[int, Tensor | None]]:
+        """The gates, each with the number of the filter before it (negative: none); a bare filter has no gate."""
+        rounds: Sequence[Tensor | None] = gates or [None]
+        return zip(itertools.count(self.n_filters - len(rounds)), rounds, strict=False)
 
     def step(self, x: Tensor, state: State, *, inplace: bool = False) -> tuple[Tensor, HyenaState]:
         self.check_input(x.unsqueeze(1), state, None, HyenaState)
         assert isinstance(state, HyenaState)
-        u = self.in_proj(x)
-        projected, conv = causal_conv1d_update(
-            state.conv,
-            u,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            inplace=inplace and state.conv.dtype == u.dtype,
-        )
+        projected, conv = x, state.conv
+        if self.in_proj is not None and self.conv1d is not None:
+            u = self.in_proj(x)
+            filter = (self.conv1d.weight.squeeze(1), self.conv1d.bias)
+            projected, conv = causal_conv1d_update(conv, u, *filter, inplace=inplace and conv.dtype == u.dtype)
         reach = min(state.past.shape[1] + 1, self.max_length)
         # Newest last, as the past is kept.
         filters = self.filters(reach).flip(2)
         *gates, z = projected.chunk(self.order + 1, dim=-1)
         given = []
-        for n, gate in enumerate(gates):
-            i = n - (self.order - self.n_filters)
+        for i, gate in self._rounds(gates):
             if i >= 0:
                 given.append(z)
                 z = self._latest(state.past[:, state.past.shape[1] + 1 - reach :, i], z, filters[i], self.D[i])
-            z = gate * z
+            z = z if gate is None else gate * z
         past = torch.cat((state.past, torch.stack(given, dim=1)[:, None].to(state.past.dtype)), dim=1)
         past = past[:, max(0, past.shape[1] - self.max_length + 1) :]
-        return self.out_proj(z), HyenaState(conv.to(state.conv.dtype), past)
+        y = z if self.out_proj is None else self.out_proj(z)
+        return y, HyenaState(conv.to(state.conv.dtype), past)
 
     def _latest(self, past: Tensor, z: Tensor, taps: Tensor, D: Tensor) -> Tensor:
         """One output of a long convolution: past (batch, reach - 1, d_model), z (batch, d_model)."""
@@ -212,7 +227,7 @@ class Hyena(SequenceMixer):
         self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> HyenaState:
         check_batch(batch)
-        weight = self.in_proj.weight
+        weight = self.D if self.in_proj is None else self.in_proj.weight
         device, dtype = device or weight.device, dtype or weight.dtype
         return HyenaState(
             conv=torch.zeros(batch, self.d_conv - 1, (self.order + 1) * self.d_model, device=device, dtype=dtype),
