@@ -7,11 +7,9 @@ from dataclasses import replace
 import torch
 
 from longscan.errors import ArgumentError, ConfigError
-from longscan.models import LanguageModel, LanguageModelConfig
+from longscan.models.config import LanguageModelConfig
+from longscan.models.language_model import LanguageModel
 from longscan.models.options import mixer_option_names
-
-#: Widths that are tried are multiples of this.
-_MULTIPLE = 4
 
 
 def contestant(name: str, shape: LanguageModelConfig) -> LanguageModelConfig:
@@ -39,9 +37,14 @@ def parameters(config: LanguageModelConfig) -> int:
         return LanguageModel(config).num_parameters()
 
 
-def match(config: LanguageModelConfig, target: int) -> LanguageModelConfig:
-    """The shape with the width (a multiple of 4, and one that the mixer takes) that comes nearest to ``target``
-    parameters; the MLP's width keeps its proportion.
+def match(config: LanguageModelConfig, target: int, multiple: int = 4) -> LanguageModelConfig:
+    """The shape with the width (one that the mixer takes) that comes nearest to ``target`` parameters; the MLP's width
+    keeps its proportion.
+
+    Args:
+        config: the shape whose width and MLP are to be changed.
+        target: number of parameters.
+        multiple: widths that are tried are multiples of this.
 
     Raises:
         ArgumentError: no width gives a model.
@@ -50,7 +53,7 @@ def match(config: LanguageModelConfig, target: int) -> LanguageModelConfig:
     best: tuple[int, LanguageModelConfig] | None = None
     width, refused = 0, ""
     while True:
-        width += _MULTIPLE
+        width += multiple
         wide = replace(config, d_model=width, d_intermediate=round(ratio * width))
         try:
             size = parameters(wide)
