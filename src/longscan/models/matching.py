@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import functools
 from dataclasses import replace
 
 import torch
@@ -10,6 +12,9 @@ from longscan.errors import ArgumentError, ConfigError
 from longscan.models.config import LanguageModelConfig
 from longscan.models.language_model import LanguageModel
 from longscan.models.options import mixer_option_names
+
+# Multiples of the width that are tried one after the other until the mixer takes one.
+_SEARCHED = 256
 
 
 def contestant(name: str, shape: LanguageModelConfig) -> LanguageModelConfig:
@@ -50,22 +55,36 @@ def match(config: LanguageModelConfig, target: int, multiple: int = 4) -> Langua
         ArgumentError: no width gives a model.
     """
     ratio = config.d_intermediate / config.d_model
-    best: tuple[int, LanguageModelConfig] | None = None
-    width, refused = 0, ""
-    while True:
-        width += multiple
-        wide = replace(config, d_model=width, d_intermediate=round(ratio * width))
+    refused = ""
+
+    @functools.cache
+    def size(units: int) -> int | None:
+        """Parameters at this width, if the mixer takes it."""
+        nonlocal refused
         try:
-            size = parameters(wide)
+            return parameters(_of_width(config, units * multiple, ratio))
         except ArgumentError as error:  # a number of heads that does not divide it, for one
             refused = str(error)
-            if width > 64 * config.d_model:
-                break
-            continue
-        if best is None or abs(size - target) < best[0]:
-            best = abs(size - target), wide
-        if size > target:
-            break
-    if best is None:
+            return None
+
+    def from_here(units: int) -> int:
+        """The next width that is taken."""
+        for wider in range(units, units + _SEARCHED):
+            if size(wider) is not None:
+                return wider
         raise ArgumentError(f"no width of {config.mixer!r} gives a model: {refused}")
-    return best[1]
+
+    def size_from_here(units: int) -> int:
+        return size(from_here(units)) or 0
+
+    most = 1
+    while size_from_here(most) < target:
+        most *= 2
+    above = from_here(bisect.bisect_left(range(most), target, lo=1, key=size_from_here))
+    below = next((units for units in range(above - 1, 0, -1) if size(units) is not None), above)
+    nearest = min((below, above), key=lambda units: abs((size(units) or 0) - target))
+    return _of_width(config, nearest * multiple, ratio)
+
+
+def _of_width(config: LanguageModelConfig, width: int, ratio: float) -> LanguageModelConfig:
+    return replace(config, d_model=width, d_intermediate=round(ratio * width))
