@@ -110,7 +110,12 @@ class Run:
                 return False
             begin = time.monotonic()
             self.figures[str(length)] = evaluate_task(
-                self.model, self.settings.task, length=length, sequences=self.settings.sequences, seed=self.seed
+                self.model,
+                self.settings.task,
+                length=length,
+                sequences=self.settings.sequences,
+                seed=self.seed,
+                precision=self.system.recipe.precision,
             )
             self.test_seconds += time.monotonic() - begin
             tell(None, self.figures)
@@ -153,6 +158,8 @@ class Run:
             scale=settings.scale,
             system=self.system.name,
             label=self.system.label,
+            family=self.system.family,
+            size=self.system.size,
             seed=self.seed,
             task=self._task(),
             mixer=_plain(self.system.mixer),
