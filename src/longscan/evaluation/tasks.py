@@ -39,10 +39,11 @@ def evaluate_task(
         precision: "float32" or "bfloat16" (autocast).
     """
     device = next(model.parameters()).device
-    length = length or task.length
+    length = task.length if length is None else length
+    places = max(length, task.length)
     chunk, drawn = (sizes.get(device.type, sizes["cpu"]) for sizes in (_CHUNK, _DRAWN))
-    cuts = isinstance(model, LanguageModel) and length > _WHOLE
-    batch = max(1, min(sequences, (drawn if cuts else chunk) // length))
+    cuts = isinstance(model, LanguageModel) and places > _WHOLE
+    batch = max(1, min(sequences, (drawn if cuts else chunk) // places))
     cut = max(1, chunk // batch) if cuts else None
     sums: tuple[Tensor, ...] = ()
     trains = model.training

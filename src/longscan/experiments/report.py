@@ -10,9 +10,9 @@ from longscan.tasks.task import Metric
 
 _HEAD = """# Results
 
-Written by `longscan reproduce --report` from the files in `results/`; do not edit. Ours comes
-first, the published figure in brackets behind it. *paper* is the published setting, *here* the one scaled down for two
-CPU cores. Each section names the command that makes it.
+Written by `longscan reproduce --report` from the files in `results/`; do not edit. Our figures come first, published
+ones in brackets behind them. *paper* is the published setting, *here* the one scaled down for two CPU cores. Each
+section names the command that makes it.
 """
 
 

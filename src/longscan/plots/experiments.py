@@ -61,7 +61,8 @@ def _lengths(panel: Any, results: Sequence[Result], published: Published | None,
     if results[0].axis == "length":
         panel.axvline(results[0].task["length"], color="0.7", linewidth=0.8)
         trained_at = "line: trained at; "
-    panel.set_xscale("log", base=2)
+    if all(int(key) > 0 for result in results for key in result.figures):
+        panel.set_xscale("log", base=2)
     panel.set_xlabel(f"{results[0].axis} of the test ({trained_at}dashed: published)")
     _figures(panel, results[0].metric, "")
 

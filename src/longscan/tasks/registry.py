@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from longscan.tasks.associative_recall import AssociativeRecall, MultiQueryAssociativeRecall
 from longscan.tasks.copying import Copying
+from longscan.tasks.delay import Delay
 from longscan.tasks.digits import DigitsStandin, PermutedDigits, PermutedDigitsStandin, SequentialDigits
 from longscan.tasks.induction_heads import InductionHeads
 from longscan.tasks.language import Language
 from longscan.tasks.selective_copying import SelectiveCopying
 from longscan.tasks.task import Task
+from longscan.tasks.trajectories import CharacterTrajectories, TrajectoriesStandin
 
 
 def _by_name(*kinds: type[Task]) -> dict[str, type[Task]]:
@@ -25,4 +27,7 @@ TASKS = SYNTHETIC | _by_name(
     PermutedDigits,
     DigitsStandin,
     PermutedDigitsStandin,
+    Delay,
+    CharacterTrajectories,
+    TrajectoriesStandin,
 )

@@ -162,6 +162,11 @@ class Task(abc.ABC):
         """(height, width), if a sequence of this length is an image's rows."""
         return None
 
+    @property
+    def held_out(self) -> int | None:
+        """How many sequences :meth:`tests` gives, if there is an end to them."""
+        return None
+
     def answers(self, length: int | None = None) -> int:
         """With readout "last": at how many of the last places answers may be asked."""
         raise NotImplementedError(f"{self.name} does not ask at its last places")
@@ -185,7 +190,7 @@ class Task(abc.ABC):
 
         Returns:
             inputs, and targets: int64 classes (batch, answers) or, pooled, (batch,), ``IGNORED`` where nothing is
-            asked; for a regression, float32 values like the scores.
+            asked; for a regression, float32 values like the scores, NaN where nothing is.
         """
 
     def to(self, device: torch.device) -> None:  # noqa: B027 (most tasks have nothing to do)
@@ -215,16 +220,26 @@ class Task(abc.ABC):
         """What training lowers: the mean, over all that is asked, of the cross-entropy in nats of scores (...,
         outputs), or of the squared error where targets are values."""
         if targets.is_floating_point():
-            return F.mse_loss(scores.float(), targets)
+            errors, _, asked = _errors(scores, targets)
+            return errors.sum() / asked.sum()
         return F.cross_entropy(scores.float().flatten(0, -2), targets.flatten(), ignore_index=IGNORED)
 
     def judge(self, scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Two sums whose quotient the metric is of, scalars on the device: right answers and answers; or, where targets
         are values, squared errors and squared targets."""
         if targets.is_floating_point():
-            return (scores.float() - targets).square().sum(), targets.square().sum()
+            errors, squares, _ = _errors(scores, targets)
+            return errors.sum(), squares.sum()
         asked = targets != IGNORED
         return ((scores.argmax(-1) == targets) & asked).sum(), asked.sum()
+
+
+def _errors(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Squared errors and squared targets, 0 where a target is NaN, and where it is not."""
+    asked = ~targets.isnan()
+    # NaN times 0 is no 0: it must not reach the gradient.
+    targets = targets.where(asked, 0)
+    return (scores.float().where(asked, 0) - targets).square(), targets.square(), asked
 
 
 def uniform(low: int, high: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
