@@ -16,12 +16,12 @@ def test_widths_match_parameters(name: str) -> None:
     assert target == LanguageModel(shape).num_parameters()
     matched = match(contestant(name, shape), target)
     assert abs(parameters(matched) / target - 1) < 0.06
-    assert matched.d_intermediate == round(1.5 * matched.d_model)
+    assert matched.d_intermediate == 4 * round(1.5 * matched.d_model / 4)
     # No neighbour comes nearer.
     for step in (-4, 4):
         width = matched.d_model + step
         other = LanguageModelConfig.from_dict(
-            {**matched.to_dict(), "d_model": width, "d_intermediate": round(1.5 * width)}
+            {**matched.to_dict(), "d_model": width, "d_intermediate": 4 * round(1.5 * width / 4)}
         )
         assert abs(parameters(other) - target) >= abs(parameters(matched) - target)
 

@@ -105,6 +105,12 @@ def read_settings(
     except (ArgumentError, TypeError) as error:
         raise ConfigError(f"{where}, [{scale}.task]: {error}") from error
     recipe = _changed(kind.recipe, at.get("recipe", {}), f"{where}, [{scale}.recipe]")
+    systems = {}
+    for size, changes in at.get("sizes", {"": {}}).items():
+        of_size = _changed(recipe, changes, f"{where}, [{scale}.sizes.{size}]")
+        for family, system in values["systems"].items():
+            made = _system(family, size, system, of_size, scale, f"{where}, [systems.{family}]")
+            systems[made.name] = made
     return Settings(
         name=name,
         title=values["title"],
@@ -115,21 +121,7 @@ def read_settings(
         lengths=tuple(at.get("lengths", [task.length])),
         sequences=at.get("sequences", 512),
         until=at.get("until", 0.0),
-        systems={
-            system.name: system
-            for key, of_it in values["systems"].items()
-            for size, changes in at.get("sizes", {"": {}}).items()
-            for system in [
-                _system(
-                    key,
-                    size,
-                    of_it,
-                    _changed(recipe, changes, f"{where}, [{scale}.sizes.{size}]"),
-                    scale,
-                    f"{where}, [systems.{key}]",
-                )
-            ]
-        },
+        systems=systems,
     )
 
 

@@ -44,12 +44,12 @@ def parameters(config: LanguageModelConfig) -> int:
 
 def match(config: LanguageModelConfig, target: int, multiple: int = 4) -> LanguageModelConfig:
     """The shape with the width (one that the mixer takes) that comes nearest to ``target`` parameters; the MLP's width
-    keeps its proportion.
+    keeps its proportion, as nearly as multiples allow.
 
     Args:
         config: the shape whose width and MLP are to be changed.
         target: number of parameters.
-        multiple: widths that are tried are multiples of this.
+        multiple: both widths are multiples of this.
 
     Raises:
         ArgumentError: no width gives a model.
@@ -62,7 +62,7 @@ def match(config: LanguageModelConfig, target: int, multiple: int = 4) -> Langua
         """Parameters at this width, if the mixer takes it."""
         nonlocal refused
         try:
-            return parameters(_of_width(config, units * multiple, ratio))
+            return parameters(_of_width(config, units, ratio, multiple))
         except ArgumentError as error:  # a number of heads that does not divide it, for one
             refused = str(error)
             return None
@@ -83,8 +83,8 @@ def match(config: LanguageModelConfig, target: int, multiple: int = 4) -> Langua
     above = from_here(bisect.bisect_left(range(most), target, lo=1, key=size_from_here))
     below = next((units for units in range(above - 1, 0, -1) if size(units) is not None), above)
     nearest = min((below, above), key=lambda units: abs((size(units) or 0) - target))
-    return _of_width(config, nearest * multiple, ratio)
+    return _of_width(config, nearest, ratio, multiple)
 
 
-def _of_width(config: LanguageModelConfig, width: int, ratio: float) -> LanguageModelConfig:
-    return replace(config, d_model=width, d_intermediate=round(ratio * width))
+def _of_width(config: LanguageModelConfig, units: int, ratio: float, multiple: int) -> LanguageModelConfig:
+    return replace(config, d_model=units * multiple, d_intermediate=round(ratio * units) * multiple)
