@@ -36,14 +36,15 @@ class Language(Task):
 
     Args:
         length: tokens of a window.
-        data, tokenizer, max_bytes, held_out: of the text, see :class:`longscan.tasks.text.TextConfig`.
+        data, tokenizer, max_bytes: of the text, see :class:`longscan.tasks.text.TextConfig`.
+        fraction: of its documents that is held out.
     """
 
     length: int = 2048
     data: str = STDLIB
     tokenizer: str = BYTES
     max_bytes: int | None = None
-    held_out: float = 0.05
+    fraction: float = 0.05
 
     name = "language"
     metric: ClassVar[Metric] = BITS_PER_BYTE
@@ -65,7 +66,7 @@ class Language(Task):
 
     @functools.cached_property
     def _corpus(self) -> Corpus:
-        text = TextConfig(self.data, self.tokenizer, max_bytes=self.max_bytes, held_out=self.held_out)
+        text = TextConfig(self.data, self.tokenizer, max_bytes=self.max_bytes, held_out=self.fraction)
         return prepare(text, self._tokens_of)[0]
 
     @functools.cached_property
@@ -99,6 +100,10 @@ class Language(Task):
         return self._tokens_of.vocab_size
 
     @property
+    def held_out(self) -> int:
+        return (len(self._corpus.held_out) - 1) // self.length
+
+    @property
     def bytes_per_token(self) -> float:
         """Of the held-out text, borders between documents counted as tokens."""
         return self._corpus.held_out_bytes / len(self._corpus.held_out)
@@ -129,7 +134,7 @@ class Language(Task):
         stride = max(length, self.length)
         if len(rest) <= stride:
             raise DataError(f"context {length:,}: the held-out part has {len(rest):,} tokens; leave this context out")
-        starts = torch.arange(0, len(rest) - stride, stride, device=device)[:, None]
+        starts = stride * torch.arange((len(rest) - 1) // stride, device=device)[:, None]
         batch = max(1, min(batch, _SCORES // (length * self.vocabulary)))
         for some in starts.split(batch):
             yield _windows(rest, some, length)
