@@ -70,7 +70,8 @@ class Options:
     data: str | None = None
     """Where the task's data are, if it reads some: a folder, or what else its option `data` takes."""
     tokenizer: str | None = None
-    """Of a task over text: bytes, a tokenizer.json, a folder with one, or a name on the Hugging Face Hub."""
+    """Of a task over text: bytes; a tokenizer.json, a folder with one or a name on the Hugging Face Hub; or bpe:4096,
+    which is learnt from the text."""
     seed: int = 0
     """Of weights and data."""
     minutes: float | None = None

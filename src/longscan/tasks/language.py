@@ -24,7 +24,7 @@ from longscan.tasks.corpus import Corpus
 from longscan.tasks.sources import STDLIB
 from longscan.tasks.task import BITS_PER_BYTE, Metric, Recipe, Task, uniform
 from longscan.tasks.text import TextConfig, prepare
-from longscan.tasks.tokenizers import BYTES, Tokenizer, load_tokenizer
+from longscan.tasks.tokenizers import BYTES, ByteTokenizer, Tokenizer
 
 # Scores that are held at once while testing.
 _SCORES = 1 << 26
@@ -61,13 +61,8 @@ class Language(Task):
     )
 
     @functools.cached_property
-    def _tokens_of(self) -> Tokenizer:
-        return load_tokenizer(self.tokenizer)
-
-    @functools.cached_property
-    def _corpus(self) -> Corpus:
-        text = TextConfig(self.data, self.tokenizer, max_bytes=self.max_bytes, held_out=self.fraction)
-        return prepare(text, self._tokens_of)[0]
+    def _text(self) -> tuple[Corpus, Tokenizer]:
+        return prepare(TextConfig(self.data, self.tokenizer, max_bytes=self.max_bytes, held_out=self.fraction))
 
     @functools.cached_property
     def _on(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
@@ -80,7 +75,7 @@ class Language(Task):
             DataError: the text or the tokenizer cannot be used, or a part is shorter than a window.
         """
         if device not in self._on:
-            corpus = self._corpus
+            corpus, _ = self._text
             for name, part in (("training", corpus.train), ("held-out", corpus.held_out)):
                 if len(part) <= self.length:
                     raise DataError(
@@ -97,16 +92,18 @@ class Language(Task):
 
     @property
     def vocabulary(self) -> int:
-        return self._tokens_of.vocab_size
+        # Bytes are known without reading the text.
+        return ByteTokenizer.vocab_size if self.tokenizer == BYTES else self._text[1].vocab_size
 
     @property
     def held_out(self) -> int:
-        return (len(self._corpus.held_out) - 1) // self.length
+        return (len(self._text[0].held_out) - 1) // self.length
 
     @property
     def bytes_per_token(self) -> float:
         """Of the held-out text, borders between documents counted as tokens."""
-        return self._corpus.held_out_bytes / len(self._corpus.held_out)
+        corpus, _ = self._text
+        return corpus.held_out_bytes / len(corpus.held_out)
 
     def answers(self, length: int | None = None) -> int:
         return length or self.length
