@@ -107,6 +107,7 @@ class Run:
         for index, length in enumerate(left):
             # After the first: however short the pieces are, each gets on.
             if index and should_stop():
+                self._save()
                 return False
             begin = time.monotonic()
             self.figures[str(length)] = evaluate_task(
@@ -119,6 +120,9 @@ class Run:
             )
             self.test_seconds += time.monotonic() - begin
             tell(None, self.figures)
+            if time.monotonic() - self._saved > _SECONDS:
+                self._save()
+        if left:
             self._save()
         return True
 

@@ -1,4 +1,4 @@
-"""The colours of lines, ours first."""
+"""The colours of lines, in their order."""
 
 from __future__ import annotations
 

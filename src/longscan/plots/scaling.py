@@ -1,4 +1,4 @@
-"""Systems in several sizes: what parameters and time buy, and what more context does."""
+"""Systems in several sizes: what parameters buy, and what more context does."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from longscan.plots.palette import COLOURS
 
 
 def draw_scaling(results: Sequence[Result]) -> Any:
-    """Figures at the task's own length against parameters and against time of training, a line for each family; and,
-    where figures are by context, those of each family's largest size by position.
+    """Figures at the task's own length against parameters, a line for each family; and, where figures are by context,
+    those of each family's largest size by position.
 
     Args:
         results: of one experiment at one scale, of systems that have sizes.
@@ -28,22 +28,21 @@ def draw_scaling(results: Sequence[Result]) -> Any:
         families.setdefault(result.family, []).append(result)
     colours = {family: COLOURS[index % len(COLOURS)] for index, family in enumerate(sorted(families))}
     positions = first.axis == "context" and len(first.figures) > 1
-    figure = Figure(figsize=(14 if positions else 9.5, 4.4), layout="constrained")
-    panels = figure.subplots(1, 3 if positions else 2)
+    figure = Figure(figsize=(11 if positions else 6.5, 4.6), layout="constrained")
+    panels = figure.subplots(1, 2 if positions else 1, squeeze=False)[0]
     for family, members in families.items():
         look = {"color": colours[family], "label": members[-1].label.removesuffix(f" {members[-1].size}")}
         last = [member.metric.factor * _own(member) for member in members]
         panels[0].plot([member.parameters for member in members], last, "o-", markersize=4, **look)
-        panels[1].plot([member.train_seconds for member in members], last, "o-", markersize=4, **look)
         if positions:
             places, found = zip(*by_position(members[-1].figures, first.task["length"]), strict=True)
-            panels[2].plot(places, found, "o-", markersize=3.5, **look)
+            panels[1].plot(places, found, "o-", markersize=3.5, **look)
     unit = f", {first.metric.unit}" if first.metric.unit else ""
-    panels[0].set_ylabel(f"{first.metric.name}{unit}, {first.axis} {first.task['length']:,}")
-    titles = ("parameters", "seconds of training, all of it", f"position in the context (size {_largest(results)})")
+    panels[0].set_ylabel(f"{first.metric.name}{unit}")
+    titles = ("parameters", f"position in the context (size {_largest(results)})")
     for panel, title in zip(panels, titles, strict=False):
         panel.set_xlabel(title)
-        panel.set_xscale("log", base=2 if panel is panels[-1] and positions else 10)
+        panel.set_xscale("log", base=10 if panel is panels[0] else 2)
         panel.grid(alpha=0.25, which="both")
         panel.tick_params(labelsize=8)
     panels[0].legend(fontsize=7, frameon=False)
@@ -67,7 +66,9 @@ def by_position(figures: Mapping[str, float], length: int) -> list[tuple[float, 
 
 
 def _own(result: Result) -> float:
-    return result.figures[str(result.task["length"])]
+    """At the length that it was trained at, or else the longest that was tested."""
+    own = str(result.task["length"])
+    return result.figures[own if own in result.figures else max(result.figures, key=int)]
 
 
 def _largest(results: Sequence[Result]) -> str:
