@@ -108,3 +108,33 @@ def test_text_that_is_too_short(text: str) -> None:
         language(text, length=100_000).to(CPU)
     with pytest.raises(DataError, match="leave this context out"):
         next(language(text).tests(50_000, 1, 1, CPU, 0))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("mixer", "changes"),
+    [
+        ("mamba", {}),
+        ("mamba", {"mixer_options": {"a_init": "s4d-lin"}}),
+        ("s6", {"block": "mamba", "mixer_options": {"selective": ["B"], "d_state": 2}}),
+        ("s6", {"block": "h3", "mixer_options": {"selective": []}}),
+        ("hyena", {"block": "mamba", "mixer_options": {"bare": True, "max_length": 32}}),
+        ("s4d", {"block": "h3", "mixer_options": {"bare": True}}),
+        ("attention", {"parameters": 20_000, "d_intermediate": 64, "mixer_options": {"n_heads": 4}}),
+        ("retnet", {"parameters": 20_000, "d_intermediate": 64, "mixer_options": {"n_heads": 4}}),
+        ("mamba2", {"mixer_options": {"head_dim": 32}}),
+    ],
+    ids=str,
+)
+def test_a_captured_step_in_bfloat16_is_the_step(text: str, mixer: str, changes: dict[str, object]) -> None:
+    device = torch.device("cuda")
+    recipe = Recipe(**{"d_model": 32, "n_layer": 1, "precision": "bfloat16", **changes})  # type: ignore[arg-type]
+    losses = []
+    for capture in (True, False):
+        task = language(text)
+        model = task_model(task, mixer, recipe, seed=0, device=device)
+        trainer = TaskTrainer(task, model, recipe, seed=0, device=device, capture=capture)
+        losses.append([trainer.advance(5).loss for _ in range(2)])
+        assert (trainer._graph is not None) == capture
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    assert evaluate_task(model, task, precision="bfloat16") < task.chance
