@@ -167,7 +167,7 @@ def test_several_sizes(options: Options) -> None:
     assert (options.results / "small_heads" / "paper.png").stat().st_size > 1000
     told(options, sizes="l")
     assert set(results(options)) == {"mamba-s", "mamba-l", "attention-s", "attention-l"}
-    assert "mamba, attention" in told(options, list=True)[1]
+    assert "4 of 4: attention, mamba" in told(options, list=True)[1]
     with pytest.raises(ConfigError, match="--sizes: small_heads has no 'xl', it has s, l"):
         told(options, sizes="xl")
     with pytest.raises(ConfigError, match="--only: small_heads has no 'lstm', it has mamba, attention"):
