@@ -21,6 +21,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "s4d": ("s4d", {"d_state": 4}),
     "s4d-legs-bilinear": ("s4d", {"d_state": 6, "a_init": "s4d-legs", "discretisation": "bilinear", "glu": False}),
     "s6": ("s6", {"d_state": 4}),
+    "s6-steps": ("s6", {"d_state": 4, "selective": ["dt"]}),
+    "s6-fixed-in-mamba": ("s6", {"d_state": 4, "selective": [], "block": "mamba"}),
     "s6-in-mamba": ("s6", {"d_state": 4, "block": "mamba", "block_options": {"d_conv": 3, "bias": True}}),
     "s6-in-h3": ("s6", {"d_state": 4, "block": "h3"}),
     "s4d-in-mamba": ("s4d", {"d_state": 4, "bare": True, "block": "mamba", "block_options": {"expand": 1}}),

@@ -43,6 +43,8 @@ class MambaState(State):
 class Mamba(SequenceMixer):
     """A Mamba block, a drop-in layer: ``y, _ = Mamba(d_model=256)(x)``.
 
+    dt, B and C all depend on the input; with fewer of them it is ``S6(..., selective=...)`` in the block "mamba".
+
     Args:
         d_model: width of input and output.
         d_state: real numbers of state per channel. A complex A has ``d_state / 2`` states, each for a conjugate pair,

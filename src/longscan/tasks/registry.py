@@ -7,6 +7,7 @@ from longscan.tasks.copying import Copying
 from longscan.tasks.delay import Delay
 from longscan.tasks.digits import DigitsStandin, PermutedDigits, PermutedDigitsStandin, SequentialDigits
 from longscan.tasks.induction_heads import InductionHeads
+from longscan.tasks.language import Language
 from longscan.tasks.selective_copying import SelectiveCopying
 from longscan.tasks.task import Task
 from longscan.tasks.trajectories import CharacterTrajectories, TrajectoriesStandin
@@ -21,6 +22,7 @@ SYNTHETIC = _by_name(SelectiveCopying, Copying, InductionHeads, AssociativeRecal
 
 #: Name in configurations -> class.
 TASKS = SYNTHETIC | _by_name(
+    Language,
     SequentialDigits,
     PermutedDigits,
     DigitsStandin,
