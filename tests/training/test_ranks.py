@@ -24,6 +24,8 @@ from tests.training.worker import CASES, config_of
 
 # Measured on CPUs: 2.5e-7 in float32. Muon turns its matrices in bfloat16: 4e-5 of a loss, 8e-4 of a norm.
 CLOSE = {"bfloat16": 5e-3, "muon": 5e-3}
+# Cases that are one for one process.
+ALIKE = {"compiled": "fsdp", "parts": "fsdp"}
 
 
 def torchrun(processes: int, folder: Path, *what: str) -> None:
@@ -47,7 +49,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, of one process."""
     folder = tmp_path_factory.mktemp("one")
     for name in CASES:
-        if name != "compiled":
+        if name not in ALIKE:
             make_trainer(folder / name, config_of(name))[0].run()
     return folder
 
@@ -63,7 +65,7 @@ def assert_same_run(found: Path, expected: Path, rel: float = 2e-6) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_equal_one(two: Path, one: Path, name: str) -> None:
-    assert_same_run(two / name, one / ("fsdp" if name == "compiled" else name), CLOSE.get(name, 2e-6))
+    assert_same_run(two / name, one / ALIKE.get(name, name), CLOSE.get(name, 2e-6))
 
 
 def test_clipping_was_at_work(one: Path) -> None:
@@ -144,15 +146,24 @@ def test_two_gpus_equal_one(tmp_path: Path) -> None:
     device = torch.device("cuda", 0)
     torchrun(2, tmp_path, "cuda", "cases")
     for name in CASES:
-        if name != "compiled":
+        if name not in ALIKE:
             config = dataclasses.replace(config_of(name), cuda_graph=False)
             make_trainer(tmp_path / "one" / name, config, device=device)[0].run()
     for name in CASES:
-        expected = tmp_path / "one" / ("fsdp" if name == "compiled" else name)
+        expected = tmp_path / "one" / ALIKE.get(name, name)
         assert_same_run(tmp_path / name, expected, CLOSE.get(name, 5e-5))
     copy_until(tmp_path / "saved", tmp_path / "resumed", 3)
     make_trainer(tmp_path / "resumed", config_of("saved"), device=device)[0].run()
     assert_same_run(tmp_path / "resumed", tmp_path / "one" / "saved", 5e-5)
+
+
+def test_sequences_that_cannot_be_shared(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="must divide sequence_length; got 3 and 16"):
+        dataclasses.replace(config_of("ddp"), sequence_parallel=3)
+    with pytest.raises(ConfigError, match="carry_state reads on from another"):
+        dataclasses.replace(config_of("saved"), sequence_parallel=2)
+    with pytest.raises(ConfigError, match="must divide the processes; got 2 and 1"):
+        make_trainer(tmp_path, config_of("parts"))
 
 
 def test_an_incomplete_environment(monkeypatch: pytest.MonkeyPatch) -> None:

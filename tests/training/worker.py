@@ -24,6 +24,8 @@ CASES: dict[str, dict[str, Any]] = {
     "recomputed": {"parallel": "fsdp", "recompute": True, "carry_state": True},
     "compiled": {"parallel": "fsdp", "recompute": True, "compile_blocks": True},
     "bfloat16": {"parallel": "fsdp", "precision": "bfloat16"},
+    # Both processes have a half of every sequence.
+    "parts": {"parallel": "fsdp", "sequence_parallel": 2, "recompute": True, "compile_blocks": True},
     "muon": {"parallel": "fsdp", "optimizer": "muon"},
     # A checkpoint is written during every step, and all are kept.
     "saved": {"parallel": "fsdp", "carry_state": True, "checkpoint_minutes": 1e-9, "keep_checkpoints": 9},

@@ -58,6 +58,9 @@ class TrainConfig:
     are split over them (FSDP2), a layer is whole only while it computes. The losses are the same."""
     cuda_graph: bool = True
     """On one GPU, capture forward and backward as a CUDA graph; without effect elsewhere and with `compile`."""
+    sequence_parallel: int = 1
+    """So many neighbouring processes share each sequence: each has a part of its length. It divides the processes and
+    `sequence_length`, and not every mixer can (attention, of all tokens, sends keys and values)."""
     seed: int = 0
     """Seed of the weights and of the order of the data."""
     leave_out_bad_steps: bool = False
@@ -84,7 +87,14 @@ class TrainConfig:
         return max(1, round(steps))
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "sequence_length", "accumulate", "log_every", "keep_checkpoints"):
+        for name in (
+            "batch_size",
+            "sequence_length",
+            "accumulate",
+            "sequence_parallel",
+            "log_every",
+            "keep_checkpoints",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.steps is not None and self.steps < 1:
@@ -112,5 +122,12 @@ class TrainConfig:
             raise ConfigError(
                 "compile is of the whole model; with recompute or parallel = fsdp take compile_blocks alone"
             )
+        if self.sequence_length % self.sequence_parallel:
+            raise ConfigError(
+                f"sequence_parallel must divide sequence_length; got {self.sequence_parallel} and "
+                f"{self.sequence_length}"
+            )
+        if self.sequence_parallel > 1 and self.carry_state:
+            raise ConfigError("sequence_parallel shares one sequence, carry_state reads on from another; take one")
         if self.spike and not self.leave_out_bad_steps:
             raise ConfigError(f"spike is {self.spike}, which needs leave_out_bad_steps")

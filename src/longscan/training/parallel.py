@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from longscan.errors import ConfigError
 from longscan.models import LanguageModel
 from longscan.models.pretrained import load_weights
 from longscan.nn.state import ModelState
@@ -57,6 +58,21 @@ def lay_out(model: LanguageModel, config: TrainConfig, ranks: Ranks, device: tor
     loss = Loss(model)
     net = torch.compile(loss) if config.compile else loss
     return DistributedDataParallel(net, broadcast_buffers=False) if ranks.size > 1 else net
+
+
+def sequence_group(ranks: Ranks, size: int) -> Any:
+    """The process group that shares this one's sequences, ``size`` neighbours; None if it shares none.
+
+    Raises:
+        ConfigError: the processes cannot be divided so.
+    """
+    if size == 1:
+        return None
+    if ranks.size % size:
+        raise ConfigError(f"sequence_parallel must divide the processes; got {size} and {ranks.size} processes")
+    firsts = range(0, ranks.size, size)
+    groups = [torch.distributed.new_group(list(range(first, first + size))) for first in firsts]
+    return groups[ranks.rank // size]
 
 
 def shard(model: LanguageModel, mesh: DeviceMesh) -> None:

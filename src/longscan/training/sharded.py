@@ -1,7 +1,7 @@
 """Checkpoints in shards, by torch.distributed.checkpoint: written beside the training, read by any number of processes.
 
 Each process writes what it holds as safetensors, and says in the file's header where in the whole tensors that lies.
-Nothing is pickled to a file or unpickled from one (docs/decisions/0016-checkpoints-in-shards.md).
+Nothing is pickled to a file or unpickled from one (docs/decisions/0012-checkpoints-in-shards.md).
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from longscan.errors import ConfigError
 from longscan.models import LanguageModel
+from longscan.nn.sequence_parallel import SequencePart, sequence_parallel
 from longscan.nn.state import ModelState
 from longscan.training.batches import Batches
 from longscan.training.config import TrainConfig
@@ -19,7 +20,7 @@ from longscan.training.distributed import Ranks
 from longscan.training.graphs import CapturedPass
 from longscan.training.guard import Guard
 from longscan.training.optimizers import Optimizers, clip_gradients
-from longscan.training.parallel import lay_out
+from longscan.training.parallel import lay_out, sequence_group
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class Stepper:
         model: on ``device``; changed in place.
         config: see there.
         batches: where the tokens come from.
-        ranks: the processes that share each batch; each takes its slice.
+        ranks: the processes that share each batch; each takes its slice, or its part of a slice's sequences.
         device: where to compute.
 
     Raises:
@@ -46,10 +47,12 @@ class Stepper:
     def __init__(
         self, model: LanguageModel, config: TrainConfig, batches: Batches, *, ranks: Ranks, device: torch.device
     ) -> None:
-        parts = ranks.size * config.accumulate
+        self._group = sequence_group(ranks, config.sequence_parallel)
+        sharers = ranks.size // config.sequence_parallel
+        parts = sharers * config.accumulate
         if config.batch_size % parts:
             raise ConfigError(
-                f"batch_size {config.batch_size} must be a multiple of processes x accumulate = {ranks.size} x "
+                f"batch_size {config.batch_size} must be a multiple of processes x accumulate = {sharers} x "
                 f"{config.accumulate}"
             )
         self.model = model
@@ -64,7 +67,7 @@ class Stepper:
         self._batches = batches
         self._device = device
         rows = config.batch_size // parts
-        first = ranks.rank * config.accumulate
+        first = ranks.rank // config.sequence_parallel * config.accumulate
         self._slices = [slice(part * rows, (part + 1) * rows) for part in range(first, first + config.accumulate)]
         self._ranks = ranks
         self._captured: CapturedPass | None = None
@@ -115,10 +118,17 @@ class Stepper:
         # Replicas need to exchange gradients only after the last micro-batch; shards do after each, for the memory.
         replicas = isinstance(self._net, torch.nn.parallel.DistributedDataParallel)
         quiet = self._net.no_sync() if replicas and not last else contextlib.nullcontext()
-        with quiet:
+        with quiet, self._sequence_part() as part:
+            if part is not None:
+                tokens, targets = part.take(tokens), part.take(targets)
             loss, after = self._loss(tokens, targets, state)
             loss.backward()
         return loss.detach(), after
+
+    def _sequence_part(self) -> contextlib.AbstractContextManager[SequencePart | None]:
+        if self._group is None:
+            return contextlib.nullcontext()
+        return sequence_parallel(self._group, length=self._config.sequence_length)
 
     def _loss(self, tokens: Tensor, targets: Tensor, state: ModelState | None) -> tuple[Tensor, ModelState | None]:
         with autocast(self._device, self._config.precision):
