@@ -137,6 +137,10 @@ class MambaDecoder:
         self._run(out, residual, states, logits, aside)
         return logits
 
+    def check_states(self, states: Sequence[State], batch: int) -> None:
+        """Raise ArgumentError unless a step of so many sequences can update the states."""
+        self.weights.check_states(states, batch, KINDS)
+
     def _check_hidden(self, hidden: Tensor, residual: Tensor | None, aside: Tensor | None) -> Tensor:
         """A copy of hidden, for a step to overwrite."""
         if hidden.dim() != 2 or hidden.shape[0] == 0 or hidden.shape[1] != self.sizes.d_model:
@@ -188,7 +192,7 @@ class MambaDecoder:
 
     def _state_addresses(self, states: Sequence[State], batch: int) -> np.ndarray[Any, Any]:
         """(layers, 3) int64: of each Mamba layer the conv state's address and kind, and the SSM state's address."""
-        self.weights.check_states(states, batch, KINDS)
+        self.check_states(states, batch)
         rows = np.zeros((len(self.layers), 3), dtype=np.int64)
         rows[self._mambas] = [(conv.data_ptr(), KINDS[conv.dtype], ssm.data_ptr()) for conv, ssm in states]
         return rows
