@@ -101,6 +101,9 @@ def _compiled_step(model: Any, tokens: Tensor, cache: Any, mask: Tensor | None) 
         if not step.whole:
             if type(cache).__name__ != "DynamicCache" or (mask is not None and mask.shape[1] != _length(cache) + 1):
                 return None
+            if model.training:
+                # Attention drops out.
+                return None
             added = _added(mask, model.dtype)
         memory.load()
         try:

@@ -1,8 +1,8 @@
-"""One token through a model of Transformers on the CPU: its layers as compiled calls, with its own attention between.
+"""One token through a model of Transformers on the CPU: its layers as compiled calls, with attention between them.
 
-A model is read as a list of stages. A stage begins, in a hybrid, with an attention layer, which stays Transformers' own
-and keeps its own cache, and goes on with the layers up to the next one in one compiled call
-(:mod:`longscan.ops.mamba_step`): Mamba mixers, MLPs and mixtures of experts, and in the last stage the head.
+A model is read as a list of stages. A stage begins, in a hybrid, with an attention layer, and goes on with the layers
+up to the next one in one compiled call (:mod:`longscan.ops.mamba_step`): Mamba mixers, MLPs and mixtures of experts,
+and in the last stage the head.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from longscan.errors import BackendError
+from longscan.integrations.transformers.attention import Attend, JambaAttention, Token, ZambaAttention
 from longscan.nn.linear import is_plain
 from longscan.ops.mamba_step import MambaDecoder, MambaStepWeights, MlpStepWeights
 from longscan.ops.mamba_step.decoder import State
@@ -24,29 +25,15 @@ _SILU = ("silu", "swish")
 
 
 @dataclasses.dataclass(frozen=True)
-class Token:
-    """What attention wants to know of a token.
-
-    Attributes:
-        embedded: (batch, 1, d_model).
-        mask: (batch, 1, 1, past + 1), what is added to the scores; None: nothing is padding.
-        cache: the model's.
-    """
-
-    embedded: Tensor
-    mask: Tensor | None
-    cache: Any
-
-
-#: An attention layer: from (hidden, residual, token) to (hidden, residual, aside), what the layers after it take in.
-Attend = Callable[[Tensor, "Tensor | None", Token], tuple[Tensor, "Tensor | None", "Tensor | None"]]
-
-
-@dataclasses.dataclass(frozen=True)
 class Stage:
     attend: Attend | None
     decoder: MambaDecoder
     mambas: int
+
+    @property
+    def matrices(self) -> Sequence[Any]:
+        """What is read where it lies."""
+        return (*self.decoder.weights.matrices, *(() if self.attend is None else self.attend.matrices))
 
 
 class TokenStep:
@@ -65,7 +52,7 @@ class TokenStep:
 
     def reads_in_place(self) -> frozenset[int]:
         """Addresses of the matrices whose changes it sees by itself."""
-        matrices = [matrix for stage in self._stages for matrix in stage.decoder.weights.matrices]
+        matrices = [matrix for stage in self._stages for matrix in stage.matrices]
         return frozenset(matrix.data_ptr() for matrix in matrices if isinstance(matrix, Tensor))
 
     def __call__(self, tokens: Tensor, states: Sequence[State], cache: Any, mask: Tensor | None) -> Tensor:
@@ -75,7 +62,7 @@ class TokenStep:
             tokens: (batch,).
             states: of the Mamba layers.
             cache: the model's.
-            mask: see `Token`.
+            mask: what is added to the scores of attention, (batch, 1, 1, past + 1), or None.
 
         Raises:
             ArgumentError: a token out of range, states of another model or batch; nothing has changed then.
@@ -88,7 +75,7 @@ class TokenStep:
             states = states[stage.mambas :]
             stage.decoder.check_states(parts[-1], tokens.shape[0])
         embedded = self._embedding(tokens)
-        token = Token(embedded[:, None], mask, cache)
+        token = Token(embedded, mask, cache)
         hidden, residual, aside = embedded.float(), None, None
         for stage, own in zip(self._stages, parts, strict=True):
             if stage.attend is not None:
@@ -214,7 +201,6 @@ def _read_falcon_mamba(read: _Reader) -> TokenStep:
 
 def _read_jamba(read: _Reader) -> TokenStep:
     model = read.model.model
-    _check_attention(read.model)
     runs: list[tuple[Attend | None, list[MambaStepWeights | MlpStepWeights]]] = [(None, [])]
     layers = []
     for i, layer in enumerate(model.layers):
@@ -228,29 +214,24 @@ def _read_jamba(read: _Reader) -> TokenStep:
             runs[-1][1].append(read.mamba(layer.input_layernorm, mixer, **own))
             layers.append(i)
         else:
-            runs.append((_jamba_attention(layer), []))
+            read.check(layer.self_attn, "Attention")
+            read.norm(layer.input_layernorm)
+            runs.append((JambaAttention(layer, read.matrix), []))
         runs[-1][1].append(read.mlp(layer.pre_ff_layernorm, layer.feed_forward))
     return _staged(read, model, runs, layers)
 
 
-def _jamba_attention(layer: Any) -> Attend:
-    def attend(hidden: Tensor, residual: Tensor | None, token: Token) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        stream = hidden if residual is None else residual + hidden
-        x = layer.input_layernorm(stream[:, None].to(token.embedded.dtype))
-        y, _ = layer.self_attn(x, attention_mask=token.mask, past_key_values=token.cache)
-        return y[:, 0].float(), stream, None
-
-    return attend
-
-
 def _read_zamba(read: _Reader) -> TokenStep:
     model = read.model.model
-    _check_attention(read.model)
     runs: list[tuple[Attend | None, list[MambaStepWeights | MlpStepWeights]]] = [(None, [])]
     for i, layer in enumerate(model.layers):
         if hasattr(layer, "mamba_decoder"):
-            read.check(layer, "HybridLayer")
-            runs.append((_zamba_attention(layer, i), []))
+            shared = read.check(read.check(layer, "HybridLayer").shared_transf, "AttentionDecoderLayer")
+            read.check(shared.self_attn, "Attention")
+            read.check(shared.feed_forward, "MLP")
+            for norm in (shared.input_layernorm, shared.pre_ff_layernorm):
+                read.norm(norm)
+            runs.append((ZambaAttention(layer, read.matrix, i), []))
             layer = layer.mamba_decoder
         mixer = read.check(read.check(layer, "MambaDecoderLayer").mamba, "MambaMixer")
         own = {
@@ -262,18 +243,6 @@ def _read_zamba(read: _Reader) -> TokenStep:
         }
         runs[-1][1].append(read.mamba(layer.input_layernorm, mixer, **own))
     return _staged(read, model, runs, range(len(model.layers)))
-
-
-def _zamba_attention(layer: Any, index: int) -> Attend:
-    """The shared Transformer, which sees the stream beside the embedding; what it gives goes beside the stream."""
-
-    def attend(hidden: Tensor, residual: Tensor | None, token: Token) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        stream = hidden if residual is None else residual + hidden
-        x = stream[:, None].to(token.embedded.dtype)
-        y = layer.shared_transf(x, token.embedded, index, attention_mask=token.mask, past_key_values=token.cache)
-        return stream, None, layer.linear(y)[:, 0]
-
-    return attend
 
 
 def _staged(
@@ -289,12 +258,6 @@ def _staged(
         decoder = read.decoder(own, None, model.final_layernorm) if last else MambaDecoder(own)
         stages.append(Stage(attend, decoder, sum(isinstance(layer, MambaStepWeights) for layer in own)))
     return TokenStep(read.check(model.embed_tokens), stages, layers)
-
-
-def _check_attention(model: Any) -> None:
-    # Their mask is what is added to the scores.
-    if model.config._attn_implementation not in ("eager", "sdpa"):
-        raise BackendError(f"a step serves eager and sdpa attention, not {model.config._attn_implementation}")
 
 
 def _one_eps(values: Any) -> float:
