@@ -1,4 +1,4 @@
-"""`longscan bench families`: Transformers' models with Mamba-1 layers by themselves and on our operators, token by token."""
+"""`longscan bench families`: Transformers' Mamba-1 models by themselves and on our operators, token by token."""
 
 from __future__ import annotations
 

@@ -31,20 +31,31 @@ class Options:
 
     what: Annotated[
         Literal[
-            "scan", "block", "train", "prefill", "decode", "families", "lengths", "throughput", "memory", "decay", "mixers"
+            "scan",
+            "block",
+            "train",
+            "prefill",
+            "decode",
+            "families",
+            "loading",
+            "lengths",
+            "throughput",
+            "memory",
+            "decay",
+            "mixers",
         ],
         tyro.conf.Positional,
     ]
     """The operation: the selective scan, one Mamba block, a training step, a prompt, or one token at a time; that of
-    Transformers' own models with Mamba layers, by themselves and enabled; the scan against attention by length;
-    generation against a Transformer by batch; memory of training by batch (GPU); outer-product recurrences with decay;
-    every mixer by length."""
+    Transformers' own models with Mamba layers, by themselves and enabled; memory while a model is read; the scan
+    against attention by length; generation against a Transformer by batch; memory of training by batch (GPU);
+    outer-product recurrences with decay; every mixer by length."""
 
     shape: tuple[str, ...] = ()
     """Shapes such as 1,2048,1536,16. Axes: scan and lengths batch,length,channels,state; block batch,length,d_model;
     train and memory layers,d_model,vocabulary,batch,length; prefill layers,d_model,vocabulary,tokens; decode and
-    families layers,d_model,vocabulary,batch,tokens; throughput layers,d_model,vocabulary,batch,prompt,tokens; decay
-    batch,length,heads,d_k,d_v; mixers batch,length,d_model."""
+    families layers,d_model,vocabulary,batch,tokens; loading layers,d_model,vocabulary; throughput
+    layers,d_model,vocabulary,batch,prompt,tokens; decay batch,length,heads,d_k,d_v; mixers batch,length,d_model."""
 
     size: tuple[Literal["130m", "370m", "790m", "1.4b", "2.8b"], ...] = ()
     """Instead of shapes of whole models: their default shapes, at published sizes."""

@@ -53,9 +53,7 @@ class Memory:
             and layer.recurrent_states[0] is ssm
             and layer.has_previous_state[0]
             and not layer.record_past
-            for layer, conv, ssm in zip(
-                (cache.layers[i] for i in self._layers), self._convs, self._ssms, strict=True
-            )
+            for layer, conv, ssm in zip((cache.layers[i] for i in self._layers), self._convs, self._ssms, strict=True)
         )
 
     def load(self) -> None:

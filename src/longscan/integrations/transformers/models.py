@@ -1,5 +1,5 @@
-"""What stands in for the ``forward`` of whole models: padding holds the last token's output, and on the CPU a token goes
-through compiled calls."""
+"""What stands in for the ``forward`` of whole models: padding holds the last token's output, and on the CPU a token
+goes through compiled calls."""
 
 from __future__ import annotations
 

@@ -31,9 +31,10 @@ class Stage:
     mambas: int
 
     @property
-    def matrices(self) -> Sequence[Any]:
-        """What is read where it lies."""
-        return (*self.decoder.weights.matrices, *(() if self.attend is None else self.attend.matrices))
+    def addresses(self) -> frozenset[int]:
+        """Where the matrices lie that are read in place."""
+        attention = () if self.attend is None else self.attend.matrices
+        return self.decoder.weights.addresses.union(matrix.data_ptr() for matrix in attention)
 
 
 class TokenStep:
@@ -52,8 +53,7 @@ class TokenStep:
 
     def reads_in_place(self) -> frozenset[int]:
         """Addresses of the matrices whose changes it sees by itself."""
-        matrices = [matrix for stage in self._stages for matrix in stage.matrices]
-        return frozenset(matrix.data_ptr() for matrix in matrices if isinstance(matrix, Tensor))
+        return frozenset().union(*(stage.addresses for stage in self._stages))
 
     def __call__(self, tokens: Tensor, states: Sequence[State], cache: Any, mask: Tensor | None) -> Tensor:
         """Scores (batch, vocabulary) in float32; the states and the cache's attention are moved on.
@@ -246,7 +246,9 @@ def _read_zamba(read: _Reader) -> TokenStep:
 
 
 def _staged(
-    read: _Reader, model: Any, runs: list[tuple[Attend | None, list[MambaStepWeights | MlpStepWeights]]],
+    read: _Reader,
+    model: Any,
+    runs: list[tuple[Attend | None, list[MambaStepWeights | MlpStepWeights]]],
     layers: Sequence[int],
 ) -> TokenStep:
     """The step of a hybrid whose layers come in such runs, the first of which may be empty."""

@@ -32,4 +32,11 @@ from longscan.ops.mamba_step.mlp_weights import MlpStepWeights
 from longscan.ops.mamba_step.vectors import VectorProducts
 from longscan.ops.mamba_step.weights import MambaStepWeights
 
-__all__ = ["CudaMambaDecoder", "MambaDecoder", "MambaStepWeights", "MlpStepWeights", "VectorProducts", "mamba_block_step"]
+__all__ = [
+    "CudaMambaDecoder",
+    "MambaDecoder",
+    "MambaStepWeights",
+    "MlpStepWeights",
+    "VectorProducts",
+    "mamba_block_step",
+]

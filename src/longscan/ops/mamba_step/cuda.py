@@ -247,7 +247,9 @@ class Layer:
         if not isinstance(weights, MambaStepWeights):
             raise BackendError("layers: got an MLP, which the compiled step takes on the CPU only")
         if weights.selection_norm is not None or weights.paired or weights.heads > 1:
-            raise BackendError("layers: got inner norms or several heads, which the compiled step takes on the CPU only")
+            raise BackendError(
+                "layers: got inner norms or several heads, which the compiled step takes on the CPU only"
+            )
         vectors = weights.vectors
         return Layer(
             norm=vectors["NORM"],

@@ -28,9 +28,9 @@ from longscan.ops.mamba_step.layout import (
     MIXED,
     OWN_HEADER,
     ROW_UNIT,
+    Field,
     X,
     Y,
-    Field,
 )
 from longscan.ops.mamba_step.phases import block, item, normalise, scale
 from longscan.ops.mamba_step.products import product

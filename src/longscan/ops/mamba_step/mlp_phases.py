@@ -1,11 +1,11 @@
 """The phases of a gated MLP, and of a mixture of them.
 
-    expand    norm of the stream; for a block of the MLP's width: gate, up, and their product
-    reduce    rows of the last projection
+expand    norm of the stream; for a block of the MLP's width: gate, up, and their product
+reduce    rows of the last projection
 
-    route     norm of the stream; rows of the router
-    consult   as `expand`, for each sequence and each of its chosen experts, by its weight
-    gather    as `reduce`, the sum over the chosen experts
+route     norm of the stream; rows of the router
+consult   as `expand`, for each sequence and each of its chosen experts, by its weight
+gather    as `reduce`, the sum over the chosen experts
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from longscan.ops.mamba_step.layout import (
     HIDDEN,
     MIXED,
     ROW_UNIT,
+    MlpField,
     X,
     Y,
-    MlpField,
 )
 from longscan.ops.mamba_step.phases import block, item, normalise
 from longscan.ops.mamba_step.products import product
@@ -106,9 +106,9 @@ def _likeliest_after(scores, number, score, expert):  # type: ignore[no-untyped-
     found = False
     for e in range(number):
         candidate = load_scalar(scores + 4 * e)
-        if candidate < score or (candidate == score and e > expert):
-            if not found or candidate > load_scalar(scores + 4 * best):
-                best, found = e, True
+        follows = candidate < score or (candidate == score and e > expert)
+        if follows and (not found or candidate > load_scalar(scores + 4 * best)):
+            best, found = e, True
     return best
 
 

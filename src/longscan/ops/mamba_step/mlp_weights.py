@@ -60,7 +60,9 @@ class MlpStepWeights:
     def __post_init__(self) -> None:
         experts: tuple[int, ...] = () if self.router is None else (self.router.shape[0],)
         if self.gate.dim() != 2 + len(experts) or 0 in self.gate.shape:
-            raise ArgumentError(f"gate: got shape {tuple(self.gate.shape)}, expected ([experts,] d_intermediate, d_model)")
+            raise ArgumentError(
+                f"gate: got shape {tuple(self.gate.shape)}, expected ([experts,] d_intermediate, d_model)"
+            )
         width, d_model = self.gate.shape[-2:]
         inwards, outwards = (*experts, width, d_model), (*experts, d_model, width)
         check_shape("norm", self.norm, (d_model,), "(d_model,)")

@@ -83,6 +83,11 @@ class MambaModelWeights:
         own = [matrix for layer in self.layers for matrix in layer.matrices]
         return own if self.head is None else [*own, self.head]
 
+    @property
+    def addresses(self) -> frozenset[int]:
+        """Where the matrices lie that are no `Int8Matrix`."""
+        return frozenset(matrix.data_ptr() for matrix in self.matrices if isinstance(matrix, Tensor))
+
     def check_tokens(self, tokens: Tensor) -> None:
         """Raise ArgumentError unless the weights make a language model and tokens are (batch,), at least one."""
         if self.embedding is None or self.head is None or self.final_norm is None:
