@@ -89,7 +89,6 @@ def of_family(family: str, layers: int, d_model: int, vocabulary: int) -> nn.Mod
     heads = max(1, d_model // 64)
     hybrid = {"num_attention_heads": heads, "mamba_dt_rank": max(1, d_model // 16)}
     own: dict[str, dict[str, Any]] = {
-        "mamba": {},
         "falcon_mamba": {},
         "jamba": {
             **hybrid, "num_key_value_heads": max(1, heads // 4), "intermediate_size": 7 * d_model // 2,
