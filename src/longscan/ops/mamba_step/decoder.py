@@ -15,6 +15,7 @@ from longscan.ops.checks import check_shape
 from longscan.ops.int8 import Int8Matrix
 from longscan.ops.mamba_step.matrices import KINDS, Matrix, private_float32
 from longscan.ops.mamba_step.model_weights import MambaModelWeights, StepWeights
+from longscan.ops.mamba_step.pages import use_large_pages
 from longscan.ops.mamba_step.weights import MambaStepWeights
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class MambaDecoder:
         except ImportError as error:
             raise BackendError(f"the compiled step needs Numba, which cannot be imported here ({error})") from error
         self._check_float16()
+        use_large_pages(self.weights.matrices)
 
     @torch.no_grad()
     def step(self, tokens: Tensor, states: Sequence[State]) -> Tensor:

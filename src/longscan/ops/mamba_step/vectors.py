@@ -11,6 +11,7 @@ from torch import Tensor
 from longscan.errors import ArgumentError, BackendError
 from longscan.ops.checks import check_shape
 from longscan.ops.mamba_step.matrices import check_matrix
+from longscan.ops.mamba_step.pages import use_large_pages
 
 
 class VectorProducts:
@@ -38,6 +39,7 @@ class VectorProducts:
         except ImportError as error:
             raise BackendError(f"these products need Numba, which cannot be imported here ({error})") from error
         self.matrices = tuple(matrices)
+        use_large_pages(self.matrices)
         self._columns = matrices[0].shape[1]
         self._table = vectors_cpu.table(self.matrices)
         self._run = vectors_cpu.run_products
