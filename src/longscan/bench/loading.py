@@ -62,7 +62,8 @@ def run(settings: Settings) -> Report:
     shapes = shapes_of(settings, AXES, (24, 768, 50277))
     rows: list[Row] = []
     for shape in shapes:
-        model = make_model(*shape, torch.float32, "cpu", settings.seed)
+        layers, d_model, vocabulary = shape
+        model = make_model(layers, d_model, vocabulary, torch.float32, "cpu", settings.seed)
         for layout in LAYOUTS:
             loaders = ("longscan", *settings.peers_of(*(("transformers",) if layout == "transformers" else ())))
             with tempfile.TemporaryDirectory() as folder:

@@ -70,7 +70,7 @@ class MambaDecoder:
         self._table = np.stack([layer.row for layer in layers])
         pairs = [(layer.eps, layer.selection_eps if isinstance(layer, MambaStepWeights) else 0) for layer in layers]
         self._eps = np.array([*pairs, (eps, 0)], dtype=np.float32)
-        self._mambas = np.array([isinstance(layer, MambaStepWeights) for layer in layers])
+        self._mambas = [i for i, layer in enumerate(layers) if isinstance(layer, MambaStepWeights)]
         self._workspace: Workspace | None = None
         try:
             self._reserve(1)
@@ -196,7 +196,8 @@ class MambaDecoder:
         """(layers, 3) int64: of each Mamba layer the conv state's address and kind, and the SSM state's address."""
         self.check_states(states, batch)
         rows = np.zeros((len(self.layers), 3), dtype=np.int64)
-        rows[self._mambas] = [(conv.data_ptr(), KINDS[conv.dtype], ssm.data_ptr()) for conv, ssm in states]
+        for row, (conv, ssm) in zip(self._mambas, states, strict=True):
+            rows[row] = conv.data_ptr(), KINDS[conv.dtype], ssm.data_ptr()
         return rows
 
 

@@ -66,9 +66,12 @@ class MlpStepWeights:
         width, d_model = self.gate.shape[-2:]
         inwards, outwards = (*experts, width, d_model), (*experts, d_model, width)
         check_shape("norm", self.norm, (d_model,), "(d_model,)")
-        check_shape("gate", self.gate, inwards, "([experts,] d_intermediate, d_model)")
-        check_shape("up", self.up, inwards, "([experts,] d_intermediate, d_model)")
-        check_shape("down", self.down, outwards, "([experts,] d_model, d_intermediate)")
+        for name, shape, meaning in (
+            ("up", inwards, "([experts,] d_intermediate, d_model)"),
+            ("down", outwards, "([experts,] d_model, d_intermediate)"),
+        ):
+            matrix: Any = getattr(self, name)
+            check_shape(name, matrix, shape, meaning)
         check_readable("norm", self.norm)
         check_eps("eps", self.eps)
         if self.router is None:
