@@ -1,4 +1,4 @@
-"""Nested list operations and their values, as the Long Range Arena draws them (Nangia and Bowman 2018; Tay et al. 2021).
+"""Nested list operations and their values, as the Long Range Arena draws them (Tay et al. 2021; Nangia and Bowman 2018).
 
 A node is an operator with probability 0.25, with 2 .. ``max_args`` arguments that are nodes again, else a digit; at
 depth ``max_depth`` always a digit. Trees whose length does not lie strictly between the bounds are thrown away.
@@ -136,8 +136,8 @@ def expressions(
         drawn += batch
         if not part[1].all():
             raise DataError(
-                f"max_depth {max_depth} and max_args {max_args} gave no expression of length {above + 1} to {under - 1} "
-                f"in {_TRIES:,} tries; give other bounds of the length, or a greater depth"
+                f"max_depth {max_depth} and max_args {max_args} gave no expression of length {above + 1} to "
+                f"{under - 1} in {_TRIES:,} tries; give other bounds of the length, or a greater depth"
             )
         first = np.sort(np.unique(part[3], return_index=True)[1])
         first = first[~np.isin(part[3][first], digests[:kept])]
