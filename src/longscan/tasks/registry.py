@@ -7,6 +7,8 @@ from longscan.tasks.copying import Copying
 from longscan.tasks.delay import Delay
 from longscan.tasks.digits import DigitsStandin, PermutedDigits, PermutedDigitsStandin, SequentialDigits
 from longscan.tasks.induction_heads import InductionHeads
+from longscan.tasks.listops import ListOps
+from longscan.tasks.pathfinder import Pathfinder, PathX
 from longscan.tasks.selective_copying import SelectiveCopying
 from longscan.tasks.task import Task
 from longscan.tasks.trajectories import CharacterTrajectories, TrajectoriesStandin
@@ -28,4 +30,7 @@ TASKS = SYNTHETIC | _by_name(
     Delay,
     CharacterTrajectories,
     TrajectoriesStandin,
+    ListOps,
+    Pathfinder,
+    PathX,
 )

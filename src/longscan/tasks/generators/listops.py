@@ -1,4 +1,4 @@
-"""Nested list operations and their values, as the Long Range Arena draws them (Tay et al. 2021; Nangia and Bowman 2018).
+"""Nested list operations and their values, as the Long Range Arena draws them (Tay et al. 2021).
 
 A node is an operator with probability 0.25, with 2 .. ``max_args`` arguments that are nodes again, else a digit; at
 depth ``max_depth`` always a digit. Trees whose length does not lie strictly between the bounds are thrown away.

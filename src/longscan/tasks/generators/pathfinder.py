@@ -27,7 +27,7 @@ from longscan.tasks.generators.randoms import below, stream, uniform
 # Draws until a dash, a short path, a pair of long paths has a place.
 _DASH_TRIES = 20
 _SHORT_TRIES = 50
-_LONG_TRIES = 10_000
+_LONG_TRIES = 1_000
 # Long paths at a dead end take back up to so many dashes, so many times; then they start anew.
 _DEAD_ENDS = 100
 _TAKEN_BACK = 8
@@ -80,34 +80,42 @@ class Paths:
             raise ArgumentError(f"continuity must be at least 1, got {self.continuity}")
 
 
-#: Of the Long Range Arena's images of 32 x 32 pixels, the hard ones with paths of 14 dashes.
-PATHFINDER = Paths(
-    size=32,
-    dashes=14,
-    dash=2,
-    thickness=0.5,
-    margins=(1,),
-    distractors=5,
-    distractor_dashes=4,
-    continuity=1.0,
-    seed_distance=7,
-    marker=1.5,
-    contrast=0.75,
-)
-#: Of those of 128 x 128 pixels, Path-X.
-PATH_X = Paths(
-    size=128,
-    dashes=14,
-    dash=5,
-    thickness=1.5,
-    margins=(2, 3),
-    distractors=8,
-    distractor_dashes=4,
-    continuity=1.8,
-    seed_distance=20,
-    marker=3,
-    contrast=0.9,
-)
+# Of the Arena's images, by size: dash, thickness, margins, continuity, seed_distance, marker, contrast; and dashes of
+# all distractors.
+_ARENA: dict[int, tuple[float, float, tuple[float, ...], float, float, float, float, int]] = {
+    32: (2, 0.5, (1,), 1.0, 7, 1.5, 0.75, 20),
+    64: (5, 1, (1,), 1.8, 12, 2.5, 0.8, 22),
+    128: (5, 1.5, (2, 3), 1.8, 20, 3, 0.9, 35),
+}
+
+
+def arena_paths(size: int, dashes: int = 14) -> Paths:
+    """Of the Long Range Arena's images: 32 x 32 (Pathfinder), 64 x 64 or 128 x 128 (Path-X).
+
+    Args:
+        size: of the image.
+        dashes: of a long path: 14 (the Arena's, the hardest), 9 or 6 are its levels. Short paths have a third.
+
+    Raises:
+        ArgumentError: there is no such size.
+    """
+    if size not in _ARENA:
+        raise ArgumentError(f"size must be one of {', '.join(map(str, _ARENA))}, got {size}")
+    dash, thickness, margins, continuity, seed_distance, marker, contrast, room = _ARENA[size]
+    short = max(1, dashes // 3)
+    return Paths(
+        size=size,
+        dashes=dashes,
+        dash=dash,
+        thickness=thickness,
+        margins=margins,
+        distractors=room // short,
+        distractor_dashes=short,
+        continuity=continuity,
+        seed_distance=seed_distance,
+        marker=marker,
+        contrast=contrast,
+    )
 
 
 # What compiled code knows of an image, for each margin: ``clearance`` is between dashes, which lie in ``low .. high``.
@@ -228,7 +236,7 @@ def _short_path(random, lines, headings, first, rules):
     x, y = rules.low + room * uniform(random), rules.low + room * uniform(random)
     if not _begin(random, lines, headings, first, x, y, rules):
         return False
-    for count in range(first + 1, first + rules.distractor_dashes):  # noqa: SIM110 (compiled)
+    for count in range(first + 1, first + rules.distractor_dashes):
         if not _extend(random, lines, headings, count, count - 1, rules):
             return False
     return True

@@ -1,0 +1,80 @@
+"""Pathfinder of the Long Range Arena, row by row: do two dots end the same dashed path? (Linsley et al. 2018)"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import numpy as np
+from torch import Tensor
+
+from longscan.errors import ArgumentError
+from longscan.tasks.generated import GeneratedTask
+from longscan.tasks.generators.pathfinder import arena_paths, draw_paths
+from longscan.tasks.task import Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Pathfinder(GeneratedTask):
+    """A brightness from -1 to 1 at each place; two classes, equally many of each.
+
+    Args:
+        length: pixels of an image: 1024, 4096 or 16384.
+        dashes: of the two long paths: 14 is the Arena's hardest level and what is published, 9 and 6 the others.
+        train, valid, test, held_out: see :class:`GeneratedTask`.
+    """
+
+    length: int = 1024
+    train: int = 160_000
+    valid: int = 20_000
+    test: int = 20_000
+    dashes: int = 14
+
+    name: ClassVar[str] = "pathfinder"
+    recipe: ClassVar[Recipe] = Recipe(d_model=256, n_layer=6, steps=500_000, batch_size=64, learning_rate=4e-3)
+    inputs = "values"
+    readout = "pooled"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self._size**2 != self.length:
+            raise ArgumentError(f"{self.name}: length must be the pixels of a square image, got {self.length}")
+        arena_paths(self._size, self.dashes)
+
+    @property
+    def _size(self) -> int:
+        return math.isqrt(self.length)
+
+    @property
+    def channels(self) -> int:
+        return 1
+
+    @property
+    def outputs(self) -> int:
+        return 2
+
+    @property
+    def chance(self) -> float:
+        return 0.5
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        return self._size, self._size
+
+    def make(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        drawn = draw_paths(count, arena_paths(self._size, self.dashes), seed=0)
+        return drawn.images.reshape(count, -1), drawn.labels
+
+    def present(self, stored: Tensor, length: int | None = None) -> Tensor:
+        return stored[..., None] / 127.5 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class PathX(Pathfinder):
+    """Images of 128 x 128 pixels, 16,384 places; arguments as of the small ones."""
+
+    length: int = 16_384
+
+    name: ClassVar[str] = "path_x"
+    recipe: ClassVar[Recipe] = Recipe(d_model=256, n_layer=6, steps=500_000, batch_size=16, learning_rate=1e-3)
