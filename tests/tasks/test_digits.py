@@ -64,6 +64,7 @@ def test_the_held_out_part_comes_whole_and_in_order(folder: Path) -> None:
     task = SequentialDigits(length=16, data=str(folder))
     batches = list(task.tests(16, 1, 2, CPU, 0))
     assert [len(targets) for _, targets in batches] == [2, 2, 1]
+    assert task.held_out == 5
     inputs = torch.cat([inputs for inputs, _ in batches])
     images = read_idx(folder / "MNIST/raw/t10k-images-idx3-ubyte.gz")
     assert np.allclose(inputs.numpy(), images.reshape(5, 16, 1) / 255)

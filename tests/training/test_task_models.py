@@ -16,8 +16,10 @@ from longscan.errors import ConfigError
 from longscan.evaluation.tasks import evaluate_task
 from longscan.models import Classifier, LanguageModel, Sashimi
 from longscan.plots.samples import plot_samples
+from longscan.tasks.delay import Delay
 from longscan.tasks.induction_heads import InductionHeads
 from longscan.tasks.task import NRMSE, Metric, Recipe, Task, uniform
+from longscan.tasks.trajectories import TrajectoriesStandin
 from longscan.training.tasks import TaskTrainer, rate_factor, task_model, task_scores
 
 CPU = torch.device("cpu")
@@ -170,3 +172,30 @@ def test_dropout_and_batch_norms_go_on_where_they_stopped(tmp_path: Path) -> Non
 @pytest.mark.parametrize("task", [InductionHeads(length=16), Sign(), Running()], ids=lambda task: task.name)
 def test_samples_are_drawn(task: Task, tmp_path: Path) -> None:
     assert plot_samples(task, tmp_path / "samples.png", count=3).stat().st_size > 5000
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mixer", ["s4d", "mamba", "lmu", "hippo", "lstm"])
+@pytest.mark.parametrize("task", [Delay(length=40), TrajectoriesStandin(length=20)], ids=lambda task: task.name)
+def test_a_captured_step_on_values_is_the_step(task: Task, mixer: str) -> None:
+    device = torch.device("cuda")
+    points = []
+    for capture in (True, False):
+        model = task_model(task, mixer, RECIPE, seed=1, device=device)
+        ours = TaskTrainer(task, model, RECIPE, seed=2, device=device, capture=capture)
+        points.append([ours.advance(5) for _ in range(3)])
+        assert (ours._graph is not None) == capture
+    for captured, plain in zip(*points, strict=True):
+        assert captured.loss == pytest.approx(plain.loss, rel=1e-3)
+
+
+@pytest.mark.gpu
+def test_captured_dropout_is_seeded() -> None:
+    device, task = torch.device("cuda"), TrajectoriesStandin(length=20)
+    recipe = dataclasses.replace(RECIPE, model_options={"dropout": 0.3}, schedule="cosine", steps=20)
+    losses = []
+    for _ in range(2):
+        ours = TaskTrainer(task, task_model(task, "s4d", recipe, seed=1, device=device), recipe, seed=2, device=device)
+        losses.append([ours.advance(5).loss for _ in range(3)])
+        assert ours._graph is not None
+    assert losses[0] == losses[1]

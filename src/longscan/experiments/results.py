@@ -27,7 +27,7 @@ class Result:
         metric: what the figures are of.
         figures: by length (text, as JSON has it), or by another key of the task; accuracies from 0 to 1.
         axis: what the keys are.
-        sequences: tested with at each, of what has no end.
+        sequences: tested with at each.
         curve: of training, rows of step, loss, figure on each batch before it was learnt.
         train_seconds, test_seconds: wall time, over all pieces.
         device: the GPU's name, or the processor's.

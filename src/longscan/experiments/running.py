@@ -163,7 +163,7 @@ class Run:
             metric=settings.task.metric,
             figures=self.figures,
             axis=settings.task.axis,
-            sequences=settings.sequences,
+            sequences=settings.task.held_out or settings.sequences,
             curve=self.curve,
             train_seconds=round(self.train_seconds, 1),
             test_seconds=round(self.test_seconds, 1),

@@ -58,6 +58,10 @@ class FiniteTask(Task):
     def to(self, device: torch.device) -> None:
         self.on(device)
 
+    @property
+    def held_out(self) -> int:
+        return len(self.on(torch.device("cpu")).test_targets)
+
     def sample(self, batch: int, generator: torch.Generator, length: int | None = None) -> tuple[Tensor, Tensor]:
         split = self.on(generator.device)
         drawn = uniform(0, len(split.train_targets), (batch,), generator)

@@ -159,6 +159,11 @@ class Task(abc.ABC):
         """(height, width), if a sequence of this length is an image's rows."""
         return None
 
+    @property
+    def held_out(self) -> int | None:
+        """How many sequences :meth:`tests` gives, if there is an end to them."""
+        return None
+
     def answers(self, length: int | None = None) -> int:
         """With readout "last": at how many of the last places answers may be asked."""
         raise NotImplementedError(f"{self.name} does not ask at its last places")
