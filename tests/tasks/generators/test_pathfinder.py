@@ -169,7 +169,7 @@ def test_the_seed_and_the_number_decide(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"size": 20}, "size must be at least 28"),
+        ({"size": 20}, "size must be at least 4 seed_distance, 28"),
         ({"dashes": 0}, "need a dash"),
         ({"dash": 6.0}, "dash must be shorter"),
         ({"continuity": 0.5}, "continuity must be at least 1"),
