@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import ClassVar
 
 import numpy as np
-from torch import Tensor
 
-from longscan.errors import ArgumentError
 from longscan.tasks.generated import GeneratedTask
 from longscan.tasks.generators.pathfinder import arena_paths, draw_paths
+from longscan.tasks.pixels import PixelTask
 from longscan.tasks.task import Recipe
 
 
 @dataclasses.dataclass(frozen=True)
-class Pathfinder(GeneratedTask):
+class Pathfinder(GeneratedTask, PixelTask):
     """A brightness from -1 to 1 at each place; two classes, equally many of each.
 
     Args:
@@ -33,41 +31,18 @@ class Pathfinder(GeneratedTask):
 
     name: ClassVar[str] = "pathfinder"
     recipe: ClassVar[Recipe] = Recipe(d_model=256, n_layer=6, steps=500_000, batch_size=64, learning_rate=4e-3)
-    inputs = "values"
-    readout = "pooled"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self._size**2 != self.length:
-            raise ArgumentError(f"{self.name}: length must be the pixels of a square image, got {self.length}")
-        arena_paths(self._size, self.dashes)
-
-    @property
-    def _size(self) -> int:
-        return math.isqrt(self.length)
-
-    @property
-    def channels(self) -> int:
-        return 1
+        arena_paths(self.side, self.dashes)
 
     @property
     def outputs(self) -> int:
         return 2
 
-    @property
-    def chance(self) -> float:
-        return 0.5
-
-    @property
-    def image_shape(self) -> tuple[int, int]:
-        return self._size, self._size
-
     def make(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        drawn = draw_paths(count, arena_paths(self._size, self.dashes), seed=0)
+        drawn = draw_paths(count, arena_paths(self.side, self.dashes), seed=0)
         return drawn.images.reshape(count, -1), drawn.labels
-
-    def present(self, stored: Tensor, length: int | None = None) -> Tensor:
-        return stored[..., None] / 127.5 - 1
 
 
 @dataclasses.dataclass(frozen=True)

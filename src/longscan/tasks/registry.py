@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from longscan.tasks.arena_standins import RetrievalStandin, ReviewsStandin, ShapesStandin
 from longscan.tasks.associative_recall import AssociativeRecall, MultiQueryAssociativeRecall
+from longscan.tasks.byte_text import ByteText, Retrieval
 from longscan.tasks.copying import Copying
 from longscan.tasks.delay import Delay
 from longscan.tasks.digits import DigitsStandin, PermutedDigits, PermutedDigitsStandin, SequentialDigits
+from longscan.tasks.grey_images import GreyImages
 from longscan.tasks.induction_heads import InductionHeads
 from longscan.tasks.listops import ListOps
 from longscan.tasks.pathfinder import Pathfinder, PathX
@@ -33,4 +36,10 @@ TASKS = SYNTHETIC | _by_name(
     ListOps,
     Pathfinder,
     PathX,
+    ByteText,
+    Retrieval,
+    GreyImages,
+    ReviewsStandin,
+    RetrievalStandin,
+    ShapesStandin,
 )
