@@ -17,6 +17,7 @@ from longscan.errors import CheckpointError, ConfigError, StorageError
 from longscan.experiments import Result, Run, read_results, read_settings
 from longscan.experiments.report import duration
 from longscan.tasks.task import ACCURACY, BITS_PER_BYTE, NRMSE
+from tests.tasks.test_digits import write_digits
 
 EXPERIMENT = """
 title = "Small heads"
@@ -160,6 +161,7 @@ def test_figures_as_one_says_them() -> None:
     assert ACCURACY.text(0.5) == "50.0%"
     assert BITS_PER_BYTE.text(1.2345) == "1.234"
     assert NRMSE.text(NRMSE.score(1.0, 4.0)) == "50.00%"
+    assert NRMSE.number(0.99999) == "100.00"
     assert ACCURACY.reaches(0.9, 0.8)
     assert not NRMSE.reaches(0.9, 0.8)
     assert [duration(s) for s in (5, 600, 9000)] == ["5 s", "10 min", "2.5 h"]
@@ -205,3 +207,18 @@ def test_checkpoints_of_earlier_versions_go_on(options: Options) -> None:
     assert again.resume() == 4
     assert again.go_on(lambda: False, lambda point, figures: None)
     assert set(again.figures) == {"16", "32"}
+
+
+def test_data_are_where_one_says(options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_digits(tmp_path / "mnist")
+    text = EXPERIMENT.replace("induction_heads", "sequential_digits").replace("length = 16, vocab = 6", "length = 16")
+    (options.experiments / "small_digits.toml").write_text(text.replace("lengths = [16, 32]", ""))
+    told(options, name="small-digits", only="mamba", data=str(tmp_path / "mnist"))
+    (result,) = read_results(options.results, "small_digits")
+    assert result.sequences == 5
+    assert 5 * result.figures["16"] == pytest.approx(round(5 * result.figures["16"]))
+    drawn = ["plot", "task", "small-heads", "--experiments", str(options.experiments), "--output", str(tmp_path)]
+    assert main([*drawn, "--scale", "paper"]) == 0
+    assert (tmp_path / "samples" / "small_heads.png").stat().st_size > 5000
+    assert main(["plot", "task", "small-hats", "--experiments", str(options.experiments)]) == 2
+    assert "allowed are an experiment" in capsys.readouterr().err

@@ -26,15 +26,19 @@ def write_idx(path: Path, array: np.ndarray) -> None:
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def write_digits(folder: Path) -> None:
     """Twelve images of 4 x 4 to train on and five held out, in torchvision's layout and spellings of either kind."""
     random = np.random.default_rng(0)
     for part, count, end in (("train", 12, ""), ("t10k", 5, ".gz")):
         images = random.integers(0, 256, (count, 4, 4), dtype=np.uint8)
-        write_idx(tmp_path / "MNIST" / "raw" / f"{part}-images-idx3-ubyte{end}", images)
+        write_idx(folder / "MNIST" / "raw" / f"{part}-images-idx3-ubyte{end}", images)
         name = f"{part}-labels.idx1-ubyte" if part == "t10k" else f"{part}-labels-idx1-ubyte"
-        write_idx(tmp_path / "MNIST" / "raw" / name, np.arange(count, dtype=np.uint8) % 10)
+        write_idx(folder / "MNIST" / "raw" / name, np.arange(count, dtype=np.uint8) % 10)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_digits(tmp_path)
     return tmp_path
 
 

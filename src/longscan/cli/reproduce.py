@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Literal
@@ -82,7 +83,9 @@ class Options:
 
 def run(options: Options, console: Console | None = None) -> int:
     """Exit code 0; 130 or 143 after a stop by Ctrl-C or SIGTERM, with everything saved."""
-    console = console or Console(highlight=False, soft_wrap=True)
+    # Where no terminal says how wide a table may be, it is as wide as it is.
+    width = None if sys.stdout.isatty() else 140
+    console = console or Console(highlight=False, soft_wrap=True, width=width)
     published = read_published(read_toml(options.experiments / _PUBLISHED), _PUBLISHED)
     if options.list:
         console.print(_list(options))
@@ -178,20 +181,24 @@ def _tested(run: Run, figures: dict[str, float]) -> str:
 
 
 def _list(options: Options) -> Table:
-    table = Table("experiment", "", "systems", "cost", "measured", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("experiment", min_width=28, max_width=42)
+    table.add_column("scale", no_wrap=True)
+    table.add_column("cost", min_width=20)
+    table.add_column("systems measured", min_width=20)
     for name in _names(options.experiments):
         values = read_toml(options.experiments / f"{name}.toml")
         results = read_results(options.results, name)
         for scale in SCALES:
             settings = read_settings(name, values, scale)
-            done = [result.system for result in results if result.scale == scale]
+            done = dict.fromkeys(result.system for result in results if result.scale == scale)
             first = scale == SCALES[0]
             table.add_row(
-                name.replace("_", "-") if first else "",
-                f"{settings.title} " if first else "",
-                ", ".join(settings.systems) if first else "",
-                f"{scale}: {settings.cost}",
-                ", ".join(dict.fromkeys(done)) or "-",
+                f"[bold]{name.replace('_', '-')}[/]" if first else escape(settings.title),
+                scale,
+                escape(settings.cost),
+                f"{len(done)} of {len(settings.systems)}{': ' if done else ''}{escape(', '.join(done))}",
+                end_section=not first,
             )
     return table
 

@@ -57,13 +57,15 @@ def _lengths(panel: Any, results: Sequence[Result], published: Published | None,
         theirs = sorted(published.figures.get(result.system, {}).items()) if published is not None else []
         if len(theirs) > 1:
             panel.plot(*zip(*theirs, strict=True), "--", color=colours[result.system], alpha=0.45, linewidth=1.2)
-    trained_at = ""
+    told = []
     if results[0].axis == "length":
         panel.axvline(results[0].task["length"], color="0.7", linewidth=0.8)
-        trained_at = "line: trained at; "
+        told.append("line: trained at")
+    if published is not None:
+        told.append("dashed: published")
     if all(int(key) > 0 for result in results for key in result.figures):
         panel.set_xscale("log", base=2)
-    panel.set_xlabel(f"{results[0].axis} of the test ({trained_at}dashed: published)")
+    panel.set_xlabel(f"{results[0].axis} of the test" + (f" ({'; '.join(told)})" if told else ""))
     _figures(panel, results[0].metric, "")
 
 

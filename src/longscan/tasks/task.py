@@ -51,7 +51,7 @@ class Metric:
         """A figure as shown, without its unit; the best share of all only if it is that."""
         text = f"{self.factor * figure:.{self.digits}f}"
         all_of_it = f"{100:.{self.digits}f}"
-        if self.unit == "%" and text == all_of_it and figure < 1:
+        if self.higher_is_better and self.unit == "%" and text == all_of_it and figure < 1:
             return f"{100 - 10**-self.digits:.{self.digits}f}+"
         return text
 
