@@ -1,1 +1,1 @@
-"""Data sets that are made by code: arrays from a seed, compiled, the same on any machine and any number of threads."""
+"""Data sets that are made by code: arrays from a seed, by compiled code; the number of threads changes nothing."""
