@@ -6,8 +6,9 @@ next dash turns by an angle of density ~ cos^2(continuity * angle), up to 90 deg
 nearer to another than two margins and a thickness, but to those before and after it.
 
 The published script keeps dashes apart by masks of pixels, which lag a dash behind; here distances are exact, so that
-labels are too. It starts anew where a path cannot go on; here both take a few dashes back first. By its arithmetic the target paths of the 32 x 32 images are darker than the others (contrasts 2 * 0.75
-and 2), which would tell them apart; here all dashes are equally bright.
+labels are too. It starts anew where a path cannot go on; here both take a few dashes back first. By its arithmetic the
+target paths of the 32 x 32 images are darker than the others (contrasts 2 * 0.75 and 2), which would tell them apart;
+here all dashes are equally bright.
 """
 
 # Kernels are typed by Numba.
