@@ -77,10 +77,10 @@ class ByteText(Bytes):
     def load(self) -> Split:
         tensors: list[Tensor] = []
         for part in ("train", "test"):
-            rows = list(read_rows(self.data, part, self.columns, self.tsv_columns))
-            if not rows:
-                raise DataError(f"data: the {part} part of {self.data} is empty")
+            rows = read_rows(self.data, part, self.columns, self.tsv_columns)
             packed, classes = pack(rows, self.texts, self.length)
+            if not len(classes):
+                raise DataError(f"data: the {part} part of {self.data} is empty")
             if not 0 <= classes.min() <= classes.max() < self.outputs:
                 raise DataError(
                     f"data: {self.data}, {part}: classes must be 0 .. {self.outputs - 1}, got {classes.min()} to "

@@ -30,7 +30,7 @@ def pack(rows: Iterable[Row], texts: int, length: int) -> tuple[np.ndarray, np.n
             place[: len(content)] = np.frombuffer(content, np.uint8)
         packed.append(row.reshape(-1))
         classes.append(label)
-    return np.stack(packed), np.array(classes, np.int64)
+    return np.array(packed, np.uint8).reshape(-1, texts * length), np.array(classes, np.int64)
 
 
 def read_rows(data: str, part: str, columns: tuple[str, ...], tsv_columns: tuple[int, ...]) -> Iterator[Row]:
