@@ -26,7 +26,7 @@ SMALL: tuple[GeneratedTask, ...] = (
 
 @pytest.mark.parametrize("task", SMALL, ids=lambda task: task.name)
 def test_parts_share_nothing_and_are_the_same_again(task: GeneratedTask) -> None:
-    on_test, on_valid = task.load(), dataclasses.replace(task, held_out="valid").load()
+    on_test, on_valid = task.load(), dataclasses.replace(task, tested_on="valid").load()
     assert torch.equal(on_test.train_inputs, on_valid.train_inputs)
     parts = [on_test.train_inputs, on_valid.test_inputs, on_test.test_inputs]
     assert [len(part) for part in parts] == [40, 10, 8]
@@ -71,7 +71,7 @@ def test_both_classes_are_equally_many() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ListOps(held_out="train"), "held_out must be one of valid, test; got 'train'"),
+        (lambda: ListOps(tested_on="train"), "tested_on must be one of valid, test; got 'train'"),
         (lambda: ListOps(test=0), "test must be an integer of at least 1"),
         (lambda: Pathfinder(length=1000), "pixels of a square image"),
         (lambda: PathX(length=400), "one of 32, 64, 128"),

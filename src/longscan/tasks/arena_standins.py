@@ -102,7 +102,7 @@ class ReviewsStandin(GeneratedTask, Bytes):
 
     Args:
         length: longest review.
-        train, valid, test, held_out: see :class:`GeneratedTask`.
+        train, valid, test, tested_on: see :class:`GeneratedTask`.
     """
 
     length: int = 1000
@@ -140,7 +140,7 @@ class ShapesStandin(GeneratedTask, PixelTask):
 
     Args:
         length: pixels of an image.
-        train, valid, test, held_out: see :class:`GeneratedTask`.
+        train, valid, test, tested_on: see :class:`GeneratedTask`.
     """
 
     length: int = 1024

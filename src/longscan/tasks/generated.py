@@ -20,18 +20,18 @@ class GeneratedTask(FiniteTask):
 
     Args:
         train, valid, test: sequences of each part.
-        held_out: the part that is tested on, "valid" or "test"; settings are chosen on the first.
+        tested_on: "valid" or "test", the part that tests are of; settings are chosen on the first.
     """
 
     train: int = 96_000
     valid: int = 2_000
     test: int = 2_000
-    held_out: str = "test"
+    tested_on: str = "test"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.held_out not in _HELD_OUT:
-            raise ArgumentError(f"{self.name}: held_out must be one of {', '.join(_HELD_OUT)}; got {self.held_out!r}")
+        if self.tested_on not in _HELD_OUT:
+            raise ArgumentError(f"{self.name}: tested_on must be one of {', '.join(_HELD_OUT)}; got {self.tested_on!r}")
 
     @abc.abstractmethod
     def make(self, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -40,6 +40,6 @@ class GeneratedTask(FiniteTask):
     def load(self) -> Split:
         before = self.train + self.valid
         inputs, targets = (torch.from_numpy(array) for array in self.make(before + self.test))
-        part = slice(self.train, before) if self.held_out == "valid" else slice(before, None)
+        part = slice(self.train, before) if self.tested_on == "valid" else slice(before, None)
         targets = targets.long()
         return Split(inputs[: self.train], targets[: self.train], inputs[part].clone(), targets[part].clone())

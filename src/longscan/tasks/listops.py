@@ -22,7 +22,7 @@ class ListOps(GeneratedTask):
         shortest: expression.
         max_depth: of the tree, its digits included.
         max_args: most arguments of an operator.
-        train, valid, test, held_out: see :class:`GeneratedTask`.
+        train, valid, test, tested_on: see :class:`GeneratedTask`.
     """
 
     length: int = 1999

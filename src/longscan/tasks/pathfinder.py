@@ -20,7 +20,7 @@ class Pathfinder(GeneratedTask, PixelTask):
     Args:
         length: pixels of an image: 1024, 4096 or 16384.
         dashes: of the two long paths: 14 is the Arena's hardest level and what is published, 9 and 6 the others.
-        train, valid, test, held_out: see :class:`GeneratedTask`.
+        train, valid, test, tested_on: see :class:`GeneratedTask`.
     """
 
     length: int = 1024

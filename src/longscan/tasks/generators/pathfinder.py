@@ -120,17 +120,16 @@ def arena_paths(size: int, dashes: int = 14) -> Paths:
 
 
 # What compiled code knows of an image, for each margin: ``clearance`` is between dashes, which lie in ``low .. high``.
-_RULES = np.dtype(
-    [(name, np.int64) for name in ("dashes", "distractors", "distractor_dashes")]
-    + [(name, np.float64) for name in ("dash", "thickness", "continuity", "seed_distance", "marker", "contrast")]
-    + [(name, np.float64) for name in ("margin", "clearance", "low", "high")]
-)
+_COUNTS = ("dashes", "distractors", "distractor_dashes")
+_SIZES = ("dash", "thickness", "continuity", "seed_distance", "marker", "contrast")
+_OF_MARGIN = ("margin", "clearance", "low", "high")
+_RULES = np.dtype([(name, np.int64) for name in _COUNTS] + [(name, np.float64) for name in (*_SIZES, *_OF_MARGIN)])
 
 
 def _rules(paths: Paths) -> np.ndarray:
     rules = np.empty(len(paths.margins), _RULES)
     rules["margin"] = paths.margins
-    for name in _RULES.names[:-4]:
+    for name in (*_COUNTS, *_SIZES):
         rules[name] = getattr(paths, name)
     rules["clearance"] = 2 * rules["margin"] + paths.thickness
     rules["low"] = paths.padding + rules["margin"] + paths.thickness / 2
