@@ -40,6 +40,7 @@ def test_pairs_share_the_words_that_come_again() -> None:
         assert (len(often[0] & often[1]) >= 1) == label
     assert 0.3 < float(split.train_targets.double().mean()) < 0.7
     tokens, _ = task.sample(3, torch.Generator().manual_seed(0))
+    assert task.words(tokens[0]).splitlines() == texts(tokens[0].to(torch.uint8).reshape(2, -1))
     lengths = task.lengths(tokens)
     assert lengths is not None
     assert lengths.shape == (3, 2)

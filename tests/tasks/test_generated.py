@@ -63,6 +63,12 @@ def test_expressions_are_as_long_as_their_symbols() -> None:
         assert (row[length:] == 0).all()
 
 
+def test_expressions_are_words() -> None:
+    tokens = torch.tensor([11, 3, 12, 10, 5, 15, 15, 0, 0])
+    assert SMALL[0].words(tokens) == "[MAX 2 [MIN 9 4 ] ]"
+    assert SMALL[1].words(tokens) is None
+
+
 def test_both_classes_are_equally_many() -> None:
     split = SMALL[1].load()
     assert float(split.train_targets.double().mean()) == float(split.test_targets.double().mean()) == 0.5

@@ -45,6 +45,11 @@ class Bytes(FiniteTask):
         """(batch,), or (batch, texts) for several."""
         return (inputs.unflatten(1, (self.texts, -1)) != PADDING).sum(dim=-1).squeeze(1)
 
+    def words(self, tokens: Tensor) -> str:
+        """Several texts have a line between them."""
+        parts = (bytes(part).rstrip(b"\0") for part in tokens.unflatten(0, (self.texts, -1)).tolist())
+        return "\n".join(part.decode("utf-8", errors="replace") for part in parts)
+
     def present(self, stored: Tensor, length: int | None = None) -> Tensor:
         return stored.long()
 

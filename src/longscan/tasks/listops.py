@@ -49,6 +49,9 @@ class ListOps(GeneratedTask):
     def lengths(self, inputs: Tensor) -> Tensor:
         return (inputs != PADDING).sum(dim=1)
 
+    def words(self, tokens: Tensor) -> str:
+        return " ".join(SYMBOLS[token] for token in tokens.tolist() if token != PADDING)
+
     def make(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         bounds = {"above": self.shortest - 1, "under": self.length + 1}
         tokens, _, values = expressions(count, seed=0, max_depth=self.max_depth, max_args=self.max_args, **bounds)
