@@ -13,10 +13,12 @@ from longscan.tasks.task import Recipe, Task
 
 #: As published; and scaled down so that two CPU cores do it in minutes.
 SCALES = ("paper", "here")
+#: That some experiments have besides: the published task, trained for minutes on a GPU.
+SHORT = "short"
 
-_EXPERIMENT = ("title", "task", "published", "systems", *SCALES)
+_EXPERIMENT = ("title", "task", "published", "systems", SHORT, *SCALES)
 _SCALE = ("cost", "task", "recipe", "lengths", "sequences", "until")
-_SYSTEM = ("label", "mixer", "recipe", "longest", *SCALES)
+_SYSTEM = ("label", "mixer", "recipe", "longest", SHORT, *SCALES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Settings:
 
     Args:
         name, title: of the experiment.
-        scale: one of :data:`SCALES`.
+        scale: one of :data:`SCALES`, or :data:`SHORT`.
         cost: what it takes, in words.
         task: trained on.
         published: name of the table of published figures.
@@ -70,6 +72,11 @@ class Settings:
         return [length for length in self.lengths if system.longest is None or length <= system.longest]
 
 
+def scales_of(values: Mapping[str, Any]) -> list[str]:
+    """The scales of an experiment, from the content of its file; the largest first."""
+    return [scale for scale in ("paper", SHORT, "here") if scale in values]
+
+
 def read_settings(name: str, values: Mapping[str, Any], scale: str, *, data: str | None = None) -> Settings:
     """An experiment at a scale, from the content of its file.
 
@@ -78,7 +85,7 @@ def read_settings(name: str, values: Mapping[str, Any], scale: str, *, data: str
 
     Args:
         name, values: of the experiment.
-        scale: one of :data:`SCALES`.
+        scale: one of :func:`scales_of` it.
         data: instead of the task's own option of that name: where its data are.
 
     Raises:
@@ -91,6 +98,8 @@ def read_settings(name: str, values: Mapping[str, Any], scale: str, *, data: str
             raise ConfigError(f"{where}: {key!r} is missing")
     if values["task"] not in TASKS:
         raise ConfigError(f"{where}: task {values['task']!r} is not one of {', '.join(TASKS)}")
+    if scale not in values:
+        raise ConfigError(f"{where} has no scale {scale!r}, it has {', '.join(scales_of(values))}")
     at = values[scale]
     _check(at, _SCALE, f"{where}, [{scale}]")
     kind = TASKS[values["task"]]
