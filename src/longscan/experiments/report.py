@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from longscan.experiments.published import Published, beside
 from longscan.experiments.results import Result
+from longscan.experiments.settings import ALL_SCALES
 from longscan.tasks.task import Metric
 
 _HEAD = """# Results
@@ -22,9 +23,8 @@ def results_page(results: Iterable[Result], published: Mapping[str, Published]) 
     for result in results:
         groups.setdefault((result.experiment, result.scale), []).append(result)
     parts = [_HEAD]
-    for (_, scale), members in sorted(
-        groups.items(), key=lambda item: (item[0][0], ("paper", "short", "here").index(item[0][1]))
-    ):
+    order = {scale: number for number, scale in enumerate(ALL_SCALES)}
+    for (_, scale), members in sorted(groups.items(), key=lambda item: (item[0][0], order[item[0][1]])):
         parts.append(_section(members, scale, beside(published, members[0].published, scale)))
     return "\n".join(parts)
 

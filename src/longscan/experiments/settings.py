@@ -13,12 +13,14 @@ from longscan.tasks.task import Recipe, Task
 
 #: As published; and scaled down so that two CPU cores do it in minutes.
 SCALES = ("paper", "here")
-#: That some experiments have besides: the published task, trained for minutes on a GPU.
+#: The published task, trained for minutes on a GPU; some experiments have that besides.
 SHORT = "short"
+#: The largest first.
+ALL_SCALES = ("paper", SHORT, "here")
 
-_EXPERIMENT = ("title", "task", "published", "systems", SHORT, *SCALES)
+_EXPERIMENT = ("title", "task", "published", "systems", *ALL_SCALES)
 _SCALE = ("cost", "task", "recipe", "lengths", "sequences", "until")
-_SYSTEM = ("label", "mixer", "recipe", "longest", SHORT, *SCALES)
+_SYSTEM = ("label", "mixer", "recipe", "longest", *ALL_SCALES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Settings:
 
 def scales_of(values: Mapping[str, Any]) -> list[str]:
     """The scales of an experiment, from the content of its file; the largest first."""
-    return [scale for scale in ("paper", SHORT, "here") if scale in values]
+    return [scale for scale in ALL_SCALES if scale in values]
 
 
 def read_settings(name: str, values: Mapping[str, Any], scale: str, *, data: str | None = None) -> Settings:
