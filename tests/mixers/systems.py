@@ -43,6 +43,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "hyena": ("hyena", {"filter_width": 6}),
     "hyena-3-bounded": ("hyena", {"order": 3, "max_length": 5, "filter_width": 6, "filter_layers": 1, "bias": False}),
     "hyena-code": ("hyena", {"filter_values": False, "d_conv": 1, "d_features": 3, "filter_width": 6}),
+    "hyena-in-mamba": ("hyena", {"filter_width": 6, "bare": True, "block": "mamba", "block_options": {"expand": 1}}),
+    "hyena-in-h3": ("hyena", {"filter_width": 6, "max_length": 5, "bare": True, "block": "h3"}),
     "lstm": ("lstm", {}),
     "lstm-projected": ("lstm", {"d_hidden": 5, "bias": False}),
     "dilated-gru": ("dilated_rnn", {"dilations": (1, 2, 4), "cell": "gru"}),

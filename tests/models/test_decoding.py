@@ -34,6 +34,7 @@ def test_the_same_numbers(dtype: torch.dtype, options: dict[str, Any], tied: boo
 
 def test_the_choice() -> None:
     assert isinstance(make_stepper(make()), CompiledStepper)
+    assert isinstance(make_stepper(make(), short_states=True), CompiledStepper)
     for model in (make("complex"), make("mixed"), make(d_intermediate=8), make().double()):
         assert isinstance(make_stepper(model), ModuleStepper)
     with torch.autocast("cpu", torch.bfloat16):
@@ -58,6 +59,23 @@ def test_a_captured_step_is_the_step(kind: str, batch: int) -> None:
         logits, states[0] = stepper.step(tokens, states[0])
         expected, states[1] = plain.step(tokens, states[1])
         torch.testing.assert_close(logits.float(), expected.float(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_states_may_be_short() -> None:
+    model = make().cuda().bfloat16()
+    stepper, plain = make_stepper(model, short_states=True), ModuleStepper(model)
+    prompts = [torch.randint(0, 13, (row + 1,), device="cuda") for row in range(9)]
+    states = [prefill(model, prompts)[1] for _ in range(2)]
+    for token in range(6):
+        if token == 3:  # rows end
+            states = [state.select(range(3)) for state in states]
+        tokens = torch.arange(states[0].batch, device="cuda") + token
+        logits, states[0] = stepper.step(tokens, states[0])
+        expected, states[1] = plain.step(tokens, states[1])
+        torch.testing.assert_close(logits.float(), expected.float(), rtol=0.1, atol=0.1)
+        assert {tensor.dtype for tensor in states[0].tensors()} == {torch.bfloat16}
 
 
 @pytest.mark.gpu

@@ -104,6 +104,8 @@ class Replays:
         `seconds`: about how long the call takes, of which a graph holds enough for 20 ms.
         """
         self.count = max(1, min(100, int(0.02 / max(seconds, 1e-6))))
+        # A graph does not keep the memory that was there before it.
+        self._call = call
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, stream=torch.cuda.current_stream()):
             for _ in range(self.count):

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from longscan.errors import ArgumentError
 from longscan.nn.linear import StepProjection, product_and_bias
 from longscan.nn.mixer import SequenceMixer, check_batch, keep_float32, no_weight_decay
+from longscan.nn.recurrences import selective_scan
 from longscan.nn.state import State
-from longscan.ops import selective_scan, selective_state_update
+from longscan.ops import selective_state_update
 from longscan.statespace import log_uniform_steps
 
 
@@ -45,6 +46,8 @@ class S6(SequenceMixer):
     Attributes:
         A_log, D and the bias of ``dt_proj`` stay float32 when the module is converted to bfloat16 or float16.
     """
+
+    undivided = None
 
     def __init__(
         self,

@@ -125,7 +125,11 @@ def copy_states(to: ModelState, source: ModelState) -> None:
     Raises:
         ArgumentError: the states are of different models or batch sizes.
     """
-    destinations, sources = to.tensors(), source.tensors()
+    copy_tensors(to.tensors(), source.tensors())
+
+
+def copy_tensors(destinations: list[Tensor], sources: list[Tensor]) -> None:
+    """:func:`copy_states` of the states' tensors."""
     if [tensor.shape for tensor in destinations] != [tensor.shape for tensor in sources]:
         raise ArgumentError("state is of another model or batch size than the one it is copied to")
     # One launch takes many tensors of one dtype.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from longscan.errors import ArgumentError, BackendError
 from longscan.mixers.mamba import Mamba, MambaState
-from longscan.models.chunks import copy_states
+from longscan.models.chunks import copy_tensors
 from longscan.nn.int8 import Int8Embedding, Int8Linear
 from longscan.nn.linear import StepProjection, is_plain
 from longscan.nn.norms import AddRMSNorm
@@ -29,16 +29,20 @@ class Stepper(Protocol):
         """tokens (batch,) to logits (batch, vocab_size) and the next state; the next call may reuse their memory."""
 
 
-def make_stepper(model: LanguageModel) -> Stepper:
+def make_stepper(model: LanguageModel, *, short_states: bool = False) -> Stepper:
     """The fastest stepper for a model where it is.
 
     On the CPU one compiled call per token if the model is all Mamba; on a GPU a captured graph if the state does not
     grow; else module by module. The weights are read when it is made: make a new one after they have changed.
+
+    Args:
+        model: a language model.
+        short_states: see :class:`GraphStepper`; elsewhere states stay as they are.
     """
     kind = model.device.type
     if kind in ("cpu", "cuda") and not torch.is_autocast_enabled(kind):
         try:
-            return CompiledStepper(model) if kind == "cpu" else GraphStepper(model)
+            return CompiledStepper(model) if kind == "cpu" else GraphStepper(model, short_states=short_states)
         except BackendError:
             pass
     return ModuleStepper(model)
@@ -79,6 +83,16 @@ class CompiledStepper:
         )
         self._vocab_size = model.config.vocab_size
 
+    def shortened(self, state: ModelState, batch: int) -> ModelState:
+        """The state with ssm_states in the dtype of the weights, where a step of so many sequences takes them so."""
+        from longscan.ops.mamba_step import CudaMambaDecoder
+
+        assert isinstance(self._decoder, CudaMambaDecoder)
+        dtype = torch.float32 if self._decoder.in_one_kernel(batch) else self._decoder.dtype
+        return ModelState(
+            tuple(replace(own, ssm=own.ssm.to(dtype)) for own in state.layers if isinstance(own, MambaState))
+        )
+
     def step(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
         states = [(own.conv, own.ssm) for own in state.layers if isinstance(own, MambaState)]
         return self._decoder.step(tokens, states)[:, : self._vocab_size], state
@@ -90,11 +104,17 @@ class GraphStepper:
     A graph is captured for each of a few batch sizes when it is first needed; rows that are missing are stepped for
     nothing. The state that comes back lies in the graph's own memory: hand it to the next call, or copy it.
 
+    Args:
+        model: a language model.
+        short_states: keep the states of many sequences of a Mamba in the dtype of its weights instead of float32. Most
+            of what a token of many sequences moves is states; what is added to a state in steps below a 256th of it
+            (bfloat16) is lost.
+
     Raises:
         BackendError: the model is not on a GPU, a mixer of it cannot be captured, or a state grows with the sequence.
     """
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: LanguageModel, *, short_states: bool = False) -> None:
         if model.device.type != "cuda":
             raise BackendError(f"graphs are captured on GPUs, the model is on {model.device}")
         if not model.backbone.capturable:
@@ -105,6 +125,7 @@ class GraphStepper:
             self._stepper: Stepper = CompiledStepper(model)
         except BackendError:
             self._stepper = ModuleStepper(model)
+        self._short_states = short_states
         self._device = model.device
         self._graphs: dict[int, _Graph] = {}
 
@@ -113,8 +134,11 @@ class GraphStepper:
         size = _captured_size(tokens.shape[0])
         graph = self._graphs.get(size)
         if graph is None:
+            like = state
+            if self._short_states and isinstance(self._stepper, CompiledStepper):
+                like = self._stepper.shortened(state, size)
             with torch.cuda.device(self._device):
-                graph = self._graphs[size] = _Graph(self._stepper, state, size)
+                graph = self._graphs[size] = _Graph(self._stepper, like, size)
         return graph.step(tokens, state)
 
 
@@ -122,6 +146,7 @@ class _Graph:
     def __init__(self, stepper: Stepper, like: ModelState, size: int) -> None:
         self._state = like.map(lambda tensor: tensor.new_zeros((size, *tensor.shape[1:])))
         self._tokens = torch.zeros(size, dtype=torch.int64, device=self._state.tensors()[0].device)
+        self._kept = self._state.tensors()
         self._graph = torch.cuda.CUDAGraph()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -131,25 +156,28 @@ class _Graph:
         # Other threads may use the GPU meanwhile.
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._logits, after = stepper.step(self._tokens, self._state)
-            for kept, new in zip(self._state.tensors(), after.tensors(), strict=True):
+            for kept, new in zip(self._kept, after.tensors(), strict=True):
                 if new.data_ptr() != kept.data_ptr():
                     kept.copy_(new)
         self._given: ModelState | None = None
 
-    def _pairs(self, state: ModelState) -> Iterator[tuple[Tensor, Tensor]]:
-        return zip(self._state.tensors(), state.tensors(), strict=True)
-
     def step(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
         rows = tokens.shape[0]
+        full = rows == self._tokens.shape[0]
         if state is not self._given:
+            given = state.tensors()
             # Empty tensors all lie at address 0.
-            if any(new.numel() > 0 and new.data_ptr() == kept.data_ptr() for kept, new in self._pairs(state)):
+            if any(
+                new.numel() > 0 and new.data_ptr() == kept.data_ptr()
+                for kept, new in zip(self._kept, given, strict=True)
+            ):
                 raise ArgumentError("state: was given back before and has been overwritten since; clone it to keep")
-            copy_states(self._state.map(lambda tensor: tensor[:rows]), state)
+            copy_tensors(self._kept if full else [kept[:rows] for kept in self._kept], given)
         self._tokens[:rows].copy_(tokens)
         self._graph.replay()
         if state is not self._given:
-            self._given = self._state.map(lambda tensor: tensor[:rows])
+            # A new object every time: an older one stands for what has been overwritten.
+            self._given = replace(self._state) if full else self._state.map(lambda tensor: tensor[:rows])
         assert self._given is not None
         return self._logits[:rows], self._given
 

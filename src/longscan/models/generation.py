@@ -57,6 +57,7 @@ class Generation:
         decode: from token ids to text, to stream text and look for stop strings.
         prefill_chunk: most prompt tokens taken through the model at once, over all rows; bounds the memory of a long
             prompt.
+        short_states: see :class:`longscan.models.decoding.GraphStepper`; on GPUs.
         keep_tokens: collect ``tokens`` and ``texts``; without it only iteration shows them, and memory stays constant.
 
     Attributes:
@@ -90,6 +91,7 @@ class Generation:
         stop: str | Sequence[str] = (),
         decode: Decode | None = None,
         prefill_chunk: int = 2048,
+        short_states: bool = False,
         keep_tokens: bool = True,
     ) -> None:
         if max_new_tokens is not None and max_new_tokens < 1:
@@ -110,6 +112,7 @@ class Generation:
         self._stop_tokens = frozenset(stop_tokens)
         self._streams = None if decode is None else [TextStream(decode, stop) for _ in range(rows)]
         self._prefill_chunk = prefill_chunk
+        self._short_states = short_states
         self._keep_tokens = keep_tokens
 
         self.tokens: list[list[int]] = [[] for _ in range(rows)]
@@ -146,7 +149,7 @@ class Generation:
     def _generate(self) -> Iterator[Token]:
         logits, state = prefill(self._model, self._prompts, self._initial, self._prefill_chunk)
         seen = self._seen(logits)
-        stepper = make_stepper(self._model)
+        stepper = make_stepper(self._model, short_states=self._short_states)
         generated = 0
         while True:
             uniform = self._draws.draw(self._active)

@@ -60,18 +60,20 @@ DEVICE float2 widen_pair(const number* at) {
 }
 
 // Stores under a predicate. Written as an `if`, they would be jumps, over which the compiler moves nothing.
-DEVICE void store_if(bool condition, number* at, float value) {
-#if FORMAT == 0
+DEVICE void store_if(bool condition, float* at, float value) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %0, 0;\n@p st.global.f32 [%1], %2;\n}" ::"r"((int)condition), "l"(at), "f"(value));
-#else
+}
+
+DEVICE void store_pair_if(bool condition, float* at, float2 value) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %0, 0;\n@p st.global.v2.f32 [%1], {%2, %3};\n}" ::"r"((int)condition), "l"(at), "f"(value.x), "f"(value.y));
+}
+
+#if FORMAT != 0
+DEVICE void store_if(bool condition, number* at, float value) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %0, 0;\n@p st.global.b16 [%1], %2;\n}" ::"r"((int)condition), "l"(at), "h"(narrow(value)));
-#endif
 }
 
 DEVICE void store_pair_if(bool condition, number* at, float2 value) {
-#if FORMAT == 0
-    asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %0, 0;\n@p st.global.v2.f32 [%1], {%2, %3};\n}" ::"r"((int)condition), "l"(at), "f"(value.x), "f"(value.y));
-#else
     u32 both;
 #if FORMAT == 1
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(value.y), "f"(value.x));
@@ -79,8 +81,8 @@ DEVICE void store_pair_if(bool condition, number* at, float2 value) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(value.y), "f"(value.x));
 #endif
     asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %0, 0;\n@p st.global.b32 [%1], %2;\n}" ::"r"((int)condition), "l"(at), "r"(both));
-#endif
 }
+#endif
 
 // One or two neighbouring channels, as pairs; what is missing is zero.
 template <int COUNT>
@@ -107,39 +109,20 @@ DEVICE float exp2_fast(float x) {
     return y;
 }
 
-DEVICE float log2_fast(float x) {
-    float y;
-    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 DEVICE float reciprocal(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
-// log(1 + exp(x)), linear above 20. The fast logarithm loses small steps, which Mamba starts from: they are summed up.
+// log(1 + exp(x)), to float32's precision relative to itself: Mamba starts from steps of a thousandth, and what they are off by is what
+// the gradients of A and of the steps are off by. With e = exp(-|x|) and s = 2 e / (2 + e), at most 2/3, log(1 + e) = 2 atanh(s / 2);
+// the polynomial is (2 atanh(s / 2) / s - 1) / q over q = s^2, off by 2e-8 of the result at most.
 DEVICE float softplus(float x) {
-    float e = exp2_fast(x * LOG2E);
-#if FORMAT == 0
-    // log1p(e) = 2 atanh(e / (2 + e)), whose argument is at most 1/3 for e up to 1; larger ones are mirrored.
-    float f = x > 0.f ? reciprocal(e) : e;
-    float s = f / (2.f + f), q = s * s;
-    float tail = 1.f / 15.f;
-    tail = fmaf(tail, q, 1.f / 13.f);
-    tail = fmaf(tail, q, 1.f / 11.f);
-    tail = fmaf(tail, q, 1.f / 9.f);
-    tail = fmaf(tail, q, 1.f / 7.f);
-    tail = fmaf(tail, q, 1.f / 5.f);
-    tail = fmaf(tail, q, 1.f / 3.f);
-    float log1p = 2.f * s * fmaf(q, tail, 1.f);
-    float sum = fmaxf(x, 0.f) + log1p;
-#else
-    float series = e * fmaf(e, fmaf(e, 0.33333333f, -0.5f), 1.f);
-    float sum = e < 0.04f ? series : LN2 * log2_fast(1.f + e);
-#endif
-    return x > 20.f ? x : sum;
+    float e = exp2_fast(-fabsf(x) * LOG2E);
+    float s = e * reciprocal(fmaf(0.5f, e, 1.f)), q = s * s;
+    float tail = fmaf(fmaf(fmaf(5.2475589e-4f, q, 2.2057786e-3f), q, 1.2502397e-2f), q, 8.33333e-2f);
+    return fmaf(s, fmaf(q, tail, 1.f), fmaxf(x, 0.f));
 }
 
 DEVICE float sigmoid(float x) { return reciprocal(1.f + exp2_fast(-x * LOG2E)); }

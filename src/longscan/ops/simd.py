@@ -57,6 +57,9 @@ WIDTH: int = 16 if AVX512 else 8 if {"avx2", "fma"} <= _FEATURES else 4
 #: Whether loads and stores serve float16 (without the instructions LLVM would call library functions nobody links).
 HAS_FLOAT16: bool = _ARM or "f16c" in _FEATURES
 
+#: Whether the processor is AMD's (LLVM's names for them: znver4, bdver2, ...).
+AMD: bool = llvm.get_host_cpu_name().startswith(("znver", "bdver", "btver"))
+
 #: Bytes of a vector of float32.
 VECTOR_BYTES: int = 4 * WIDTH
 

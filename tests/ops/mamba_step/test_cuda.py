@@ -24,13 +24,15 @@ FOLDER = Path(mamba_step.__file__).parent
 SIZES = {"FORMAT": 1, "MODEL": 2048, "INNER": 4096, "STATES": 16, "RANK": 128, "WIDTH": 4, "LAYERS": 48, "BLOCKS": 132}
 KERNELS = {
     "step": ("step.cu", {**SIZES, "ROWS": 1, "TILES": 5}),
-    "batch": ("batch.cu", {**SIZES, "THREADS": 256, "EVEN": 1}),
+    "batch": ("batch.cu", {**SIZES, "THREADS": 256, "LANES": 4, "SHORT": 0, "EVEN": 1}),
+    "batch-short": ("batch.cu", {**SIZES, "THREADS": 256, "LANES": 2, "SHORT": 1, "EVEN": 1}),
 }
 OTHERS = {
     "four": ("step.cu", {**SIZES, "ROWS": 4, "TILES": 3}),
     "small": ("step.cu", {"FORMAT": 2, "MODEL": 768, "INNER": 256, "STATES": 5, "RANK": 8, "WIDTH": 1, "LAYERS": 1,
                           "BLOCKS": 2, "ROWS": 2, "TILES": 2}),
-    "batch": ("batch.cu", {"FORMAT": 0, "MODEL": 27, "STATES": 3, "WIDTH": 1, "THREADS": 256, "EVEN": 0}),
+    "batch": ("batch.cu", {"FORMAT": 0, "MODEL": 27, "STATES": 3, "WIDTH": 1, "THREADS": 256,
+                           "LANES": 1, "SHORT": 0, "EVEN": 0}),
 }  # fmt: skip
 
 needs_compiler = pytest.mark.skipif(sys.platform != "linux", reason="NVRTC is installed for tests on Linux only")
@@ -119,6 +121,24 @@ def test_agrees_with_float64(case: Case, batch: int) -> None:
         for (conv, ssm), (conv_truth, ssm_truth) in zip(ours, truth, strict=True):
             assert_close(conv.cpu(), conv_truth, max(fine, 1e-4 if case.dtype == torch.float32 else 1e-2))
             assert_close(ssm.cpu(), ssm_truth, fine)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 33])
+@pytest.mark.parametrize("case", [case for case in EVEN if case.d_state in (5, 16, 40)], ids=lambda case: case.name)
+def test_states_may_be_short(case: Case, batch: int) -> None:
+    """States in the matrices' dtype: what they are rounded to is the only difference."""
+    model = Model(case)
+    decoder, truth = decoder_of(model), model.states(batch)
+    ours = [(conv, ssm.to(case.dtype)) for conv, ssm in states_on_gpu(case, truth)]
+    for t in range(3):
+        tokens = (torch.arange(batch) * 7 + t) % case.vocabulary
+        logits = decoder.step(tokens.cuda(), ours)
+        expected, truth = model.step(tokens, truth)
+        assert_close(logits.cpu(), expected, 2 * COARSE[case.dtype])
+        for (_, ssm), (_, ssm_truth) in zip(ours, truth, strict=True):
+            assert ssm.dtype == case.dtype
+            assert_close(ssm.cpu(), ssm_truth, 2 * COARSE[case.dtype])
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ import torch
 
 from longscan.ops.selective_scan import selective_scan, selective_state_update
 from longscan.ops.selective_scan.cases import CASES, NAMES, ScanCase, make_inputs
-from tests.ops.agreement import CUDA_RUNS, RUNS, TOLERANCE, assert_close, in_float64, outputs_and_gradients
+from tests.ops.agreement import CUDA_RUNS, TOLERANCE, assert_close, in_float64, outputs_and_gradients
 
 CASE = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 DTYPE = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=lambda dtype: str(dtype).split(".")[1])
@@ -19,7 +19,7 @@ def scan(case: ScanCase, backend: str):
     return partial(selective_scan, dt_softplus=case.softplus, return_final_state=True, backend=backend)
 
 
-@pytest.mark.parametrize(("backend", "device"), RUNS)
+@pytest.mark.parametrize(("backend", "device"), CUDA_RUNS)
 @DTYPE
 @CASE
 def test_agrees_with_the_float64_definition(case: ScanCase, dtype: torch.dtype, backend: str, device: str) -> None:
@@ -29,14 +29,6 @@ def test_agrees_with_the_float64_definition(case: ScanCase, dtype: torch.dtype, 
     assert_close(ours, truth, TOLERANCE[dtype])
     assert ours["output 0"].dtype == dtype
     assert ours["output 1"].dtype == (torch.complex64 if case.complex else torch.float32)
-
-
-@pytest.mark.gpu
-@DTYPE
-@pytest.mark.parametrize("case", [case for case in CASES if case.state <= 32], ids=lambda case: case.name)
-def test_cuda_agrees_with_the_float64_definition(case: ScanCase, dtype: torch.dtype) -> None:
-    """The states it serves; `test_cuda.py` has the refusal of more."""
-    test_agrees_with_the_float64_definition(case, dtype, "cuda", "cuda")
 
 
 @CASE

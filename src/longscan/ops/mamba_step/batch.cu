@@ -4,13 +4,26 @@
 //   batch_conv   the convolution's step and SiLU
 //   batch_state  softplus, the state's step, the skip and the gate
 //
-// Activations are of FORMAT, for the products' sake; the residual stream, vectors, A (times log2(e)) and the states are float32.
-// Macros: FORMAT, MODEL, STATES, WIDTH, THREADS, EVEN: two neighbouring channels lie at addresses that can be moved at once.
+// Activations are of FORMAT, for the products' sake; the residual stream, vectors and A (times log2(e)) are float32, and so are the
+// states unless SHORT, which keeps them in FORMAT too: they are most of what moves. Macros: FORMAT, SHORT, MODEL, STATES, WIDTH, THREADS,
+// LANES of a channel, EVEN: two neighbouring channels lie at addresses that can be moved at once.
 #define PACKED 0
 #include "../cuda_common.cuh"
 
-constexpr int LANES = STATES >= 4 ? 4 : 1;  // of a channel
-constexpr int EACH = (STATES + LANES - 1) / LANES;
+constexpr int EACH = (STATES + LANES - 1) / LANES;  // states of a lane
+
+#if SHORT
+typedef number kept;
+DEVICE float from_kept(kept value) { return widen(value); }
+DEVICE kept to_kept(float value) { return narrow(value); }
+#else
+typedef float kept;
+DEVICE float from_kept(kept value) { return value; }
+DEVICE kept to_kept(float value) { return value; }
+#endif
+
+// Whether a lane's states are 16 bytes, which move at once.
+constexpr bool VECTOR = EACH * sizeof(kept) == 16 && STATES % EACH == 0;
 
 DEVICE float silu(float x) { return x * sigmoid(x); }
 
@@ -84,24 +97,27 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch_conv(
 // LANES threads for each channel: selected (batch, rank + 2 STATES), dt, x (batch, inner) and the gate, the second half of xz, to y.
 extern "C" __global__ void __launch_bounds__(THREADS) batch_state(
     const number* selected, const number* dt, const number* x, const number* xz, const float* dt_bias, const float* A, const float* D,
-    float* state, number* y, i64 inner, i64 rank) {
+    kept* state, number* y, i64 inner, i64 rank) {
     int lane = threadIdx.x % LANES;
     i64 channel = (blockIdx.x * (i64)THREADS + threadIdx.x) / LANES, row = blockIdx.y;
     bool live = channel < inner;
     channel = live ? channel : inner - 1;
     i64 at = row * inner + channel;
     const number* B = selected + row * (rank + 2 * STATES) + rank;
-    float* own = state + at * STATES;
-    float h[EACH], decay[EACH];
-    if constexpr (EACH == 4 && STATES % 4 == 0) {
-        *(float4*)h = *(const float4*)(own + 4 * lane);
-        *(float4*)decay = *(const float4*)(A + channel * STATES + 4 * lane);
+    kept* own = state + at * STATES + lane * EACH;
+    const float* rates = A + channel * STATES + lane * EACH;
+    alignas(16) kept before[EACH];
+    alignas(16) float h[EACH], decay[EACH];
+    if constexpr (VECTOR) {
+        *(uint4*)before = *(const uint4*)own;
+#pragma unroll
+        for (int i = 0; i < EACH; i += 4) *(float4*)(decay + i) = *(const float4*)(rates + i);
     } else {
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
-            int n = lane * EACH + i;
-            h[i] = n < STATES ? own[n] : 0.f;
-            decay[i] = n < STATES ? A[channel * STATES + n] : 0.f;
+            bool inside = lane * EACH + i < STATES;
+            before[i] = inside ? own[i] : (kept)0;
+            decay[i] = inside ? rates[i] : 0.f;
         }
     }
     float step = softplus(widen(dt[at]) + dt_bias[channel]), u = widen(x[at]), sum = 0.f;
@@ -109,15 +125,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch_state(
     for (int i = 0; i < EACH; i++) {
         int n = lane * EACH + i;
         if (n >= STATES) continue;
-        h[i] = fmaf(exp2_fast(step * decay[i]), h[i], step * u * widen(B[n]));
+        h[i] = fmaf(exp2_fast(step * decay[i]), from_kept(before[i]), step * u * widen(B[n]));
         sum = fmaf(h[i], widen(B[STATES + n]), sum);
     }
-    if constexpr (EACH == 4 && STATES % 4 == 0) {
-        if (live) *(float4*)(own + 4 * lane) = *(const float4*)h;
+#pragma unroll
+    for (int i = 0; i < EACH; i++) before[i] = to_kept(h[i]);
+    if constexpr (VECTOR) {
+        if (live) *(uint4*)own = *(const uint4*)before;
     } else {
 #pragma unroll
         for (int i = 0; i < EACH; i++)
-            if (live && lane * EACH + i < STATES) own[lane * EACH + i] = h[i];
+            if (live && lane * EACH + i < STATES) own[i] = before[i];
     }
 #pragma unroll
     for (int move = 1; move < LANES; move *= 2) sum += __shfl_xor_sync(ALL, sum, move);

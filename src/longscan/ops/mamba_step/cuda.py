@@ -80,8 +80,10 @@ class CudaMambaDecoder:
         self._layers = tuple(Layer.of(layer) for layer in self.weights.layers)
         self._kernels: dict[int, nvrtc.Kernel | None] = {}
         self._tables: dict[tuple[int, ...], Tensor] = {}
-        # How often blocks have met.
+        # How often blocks have met; what is selected, as messages. Zeros are none.
         self._meetings = torch.zeros((), dtype=torch.int64, device=device)
+        s = self.weights.sizes
+        self._selected = torch.zeros(FEW, s.dt_rank + 2 * s.d_state, dtype=torch.int64, device=device)
 
     def in_one_kernel(self, batch: int) -> bool:
         """Whether so many sequences go through the one kernel."""
@@ -94,16 +96,18 @@ class CudaMambaDecoder:
         Args:
             tokens: (batch,) integers below the vocabulary, on the GPU; values are not looked at.
             states: one (conv_state, ssm_state) per layer: (batch, d_conv - 1, d_inner) in the matrices' dtype and
-                (batch, d_inner, d_state) float32, contiguous. Updated in place.
+                (batch, d_inner, d_state) in float32 or, all of them, in the matrices' dtype, contiguous. Updated in
+                place.
 
         Returns:
             logits (batch, vocabulary), float32 where the one kernel serves, else in the matrices' dtype.
         """
         self.weights.check_tokens(tokens)
         batch = tokens.shape[0]
-        self.weights.check_states(states, batch, (self.dtype,))
+        short = states[0][1].dtype == self.dtype != torch.float32 if states else False
+        self.weights.check_states(states, batch, (self.dtype,), self.dtype if short else torch.float32)
         with torch.cuda.device(self._index):
-            kernel = self._step_kernel(batch)
+            kernel = None if short else self._step_kernel(batch)
             return self._many(tokens, states) if kernel is None else self._few(tokens, states, kernel)
 
     def _few(self, tokens: Tensor, states: Sequence[State], kernel: nvrtc.Kernel) -> Tensor:
@@ -115,10 +119,10 @@ class CudaMambaDecoder:
             return torch.empty(batch, size, dtype=torch.float32, device=w.device)
 
         logits = new(vocabulary)
-        between = [new(size) for size in (s.d_model, s.d_inner, s.d_inner, s.dt_rank + 2 * s.d_state, s.d_inner)]
+        hidden, x, z, y = new(s.d_model), new(s.d_inner), new(s.d_inner), new(s.d_inner)
         tensors = (
             tokens.long(), self._table(states), _dense(w.embedding), w.final_norm, _dense(w.head), w.head_bias,
-            *between, logits, self._meetings,
+            hidden, x, z, self._selected, y, logits, self._meetings,
         )  # fmt: skip
         numbers = (batch, vocabulary, _bits(self._layers[0].eps), _bits(w.eps))
         arguments = (*addresses(*tensors), *numbers)
@@ -171,16 +175,18 @@ class CudaMambaDecoder:
         assert w.head is not None
         batch, rank = tokens.shape[0], s.dt_rank
         even = s.d_inner % 2 == 0
+        short = states[0][1].dtype != torch.float32
+        # A lane's states are 16 bytes where that divides them.
+        lanes = 1 if s.d_state < 4 else 2 if short and s.d_state == 16 else 4
         options = {
-            "FORMAT": FORMATS[self.dtype], "MODEL": s.d_model, "STATES": s.d_state, "WIDTH": s.d_conv,
-            "THREADS": _BATCH, "EVEN": even,
+            "FORMAT": FORMATS[self.dtype], "SHORT": short, "MODEL": s.d_model, "STATES": s.d_state, "WIDTH": s.d_conv,
+            "THREADS": _BATCH, "LANES": lanes, "EVEN": even,
         }  # fmt: skip
         source = _FOLDER / "batch.cu"
         norm, conv_step, state_step = (
             nvrtc.kernel(source, f"batch_{name}", nvrtc.macros(options), self._index)
             for name in ("norm", "conv", "state")
         )
-        lanes = 4 if s.d_state >= 4 else 1
 
         def new(*shape: int) -> Tensor:
             return torch.empty(batch, *shape, dtype=self.dtype, device=w.device)

@@ -13,6 +13,7 @@ from torch import Tensor
 from longscan.errors import ArgumentError, BackendError
 from longscan.ops.checks import check_shape
 from longscan.ops.int8 import Int8Matrix
+from longscan.ops.mamba_step.pages import use_large_pages
 from longscan.ops.mamba_step.weights import KINDS, MambaModelWeights, MambaStepWeights, Matrix, private_float32
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class MambaDecoder:
         except ImportError as error:
             raise BackendError(f"the compiled step needs Numba, which cannot be imported here ({error})") from error
         self._check_float16()
+        use_large_pages(self.weights.matrices)
 
     @torch.no_grad()
     def step(self, tokens: Tensor, states: Sequence[State]) -> Tensor:

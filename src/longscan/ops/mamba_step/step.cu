@@ -1,5 +1,5 @@
 // One token through a whole Mamba, for few sequences: one kernel, whose blocks stay on their multiprocessors from the embedding to
-// the logits and meet after each product.
+// the logits and meet after each product but `select`.
 //
 //   in      add, RMSNorm, in_proj; its rows of x go on through the convolution and SiLU
 //   select  x_proj: dt's low rank, B and C
@@ -172,7 +172,7 @@ struct Select {
             int task = threadIdx.x / WARPS, h = task / ROWS, r = task % ROWS, row = first + h * BLOCKS;
             if (threadIdx.x / 32 * 2 < HELD * ROWS) {
                 float sum = sum_of_lanes<16>(scratch[min(h, HELD - 1)][r][threadIdx.x % WARPS]);
-                if (h < HELD && row < SELECTED && r < batch && threadIdx.x % WARPS == 0) between.selected[r * SELECTED + row] = sum;
+                if (h < HELD && row < SELECTED && r < batch && threadIdx.x % WARPS == 0) send(between.selected + r * SELECTED + row, sum, between.number);
             }
             if (OWN > HELD) __syncthreads();
         }
@@ -210,7 +210,7 @@ struct Step {
         // Everyone reads it: once from the second cache, then from here.
         __shared__ __align__(16) float selected[ROWS][(SELECTED + 3) / 4 * 4];
         for (int index = threadIdx.x; index < batch * SELECTED; index += THREADS)
-            selected[index / SELECTED][index % SELECTED] = __ldcg(between.selected + index);
+            selected[index / SELECTED][index % SELECTED] = receive(between.selected + index, between.number);
         float u[ROWS], gate[ROWS];
         meet(between, first(), batch, u, gate);
         __syncthreads();
@@ -257,7 +257,7 @@ struct Step {
 // tokens (batch,), the layers' addresses, room between products, the meetings' count, to logits (batch, vocabulary).
 extern "C" __global__ void __launch_bounds__(THREADS, 1) step(
     const i64* tokens, const Layer* table, const number* embedding, const float* norm, const number* head, const float* head_bias,
-    float* hidden, float* x, float* z, float* selected, float* y, float* logits, unsigned long long* count, i64 batch_size,
+    float* hidden, float* x, float* z, Message* selected, float* y, float* logits, unsigned long long* count, i64 batch_size,
     i64 vocabulary, i64 layer_eps, i64 head_eps) {
     number* vectors = (number*)shared;
     float* partial = (float*)(vectors + VECTORS);
@@ -266,9 +266,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(
     for (int i = threadIdx.x; i < LAYERS * sizeof(Layer) / 8; i += THREADS) ((i64*)layers)[i] = ((const i64*)table)[i];
     __syncthreads();
     int batch = (int)batch_size, sequence, first_row = Ahead::row_of_thread<MODEL>(0, sequence);
-    Between between = {hidden, x, z, selected, y};
     Ahead ahead(layers, head, (int)vocabulary, ring + threadIdx.x / 32 * (TILES * TILE));
     Meeting meeting(count);
+    Between between = {hidden, x, z, selected, y, meeting.past()};
     Norm add_norm;
     for (int index = 0; index < LAYERS; index++) {
         const Layer& layer = layers[index];
@@ -277,6 +277,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(
         in.ask(layer, first_row, sequence, batch);
         if (index) meeting.wait();
         add_norm.run(index ? nullptr : embedding, tokens, hidden, vectors, __int_as_float((int)layer_eps), batch);
+        between.number++;
         ahead.product<MODEL>(vectors, partial, 2 * INNER, [&](int row, int sequence, float value, bool first) {
             if (sequence >= batch) return;
             if (!first) in.ask(layer, row, sequence, batch);
@@ -289,8 +290,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(
         step.ask(layer, Step::first(), batch);
         meeting.wait();
         select.run(layer, between, batch);
-        meeting.arrive();
-        meeting.wait();
+        // No meeting: everyone waits for the few numbers themselves. Nobody writes to what is still read, before the next one.
         step.run(layer, between, batch);
         meeting.arrive();
         meeting.wait();

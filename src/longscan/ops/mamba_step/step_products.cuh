@@ -28,10 +28,29 @@ struct Layer {
     float* state;  // (batch, INNER, STATES)
 };
 
-// (batch, ...) float32, written by all blocks and read by all.
+// A float32, and above it the number of the layer it is of, which is never the same again: whoever reads it sees whether it has come.
+typedef unsigned long long Message;
+
+// (batch, ...) float32, written by all blocks and read by all; a message where they do not meet in between, which has the number.
 struct Between {
-    float *hidden, *x, *z, *selected, *y;
+    float *hidden, *x, *z;
+    Message* selected;
+    float* y;
+    u32 number;
 };
+
+DEVICE void send(Message* to, float value, u32 number) {
+    Message message = (Message)number << 32 | __float_as_uint(value);
+    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(message) : "memory");
+}
+
+// Waits for it.
+DEVICE float receive(const Message* from, u32 number) {
+    Message message;
+    do asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(message) : "l"(from) : "memory");
+    while (message >> 32 != number);
+    return __uint_as_float((u32)message);
+}
 
 // How the warps of a block share a product of rows of `COUNT` numbers: teams take groups of 16 rows, warps of a team take tiles.
 template <int COUNT>
@@ -88,12 +107,13 @@ DEVICE void multiply(float (&sums)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u
 struct Meeting {
     unsigned long long *count, target;
 
-    DEVICE explicit Meeting(unsigned long long* count) : count(count), target(0) {
-        if (threadIdx.x == 0) {
-            unsigned long long now = *(volatile unsigned long long*)count;
-            target = now - now % BLOCKS;
-        }
+    DEVICE explicit Meeting(unsigned long long* count) : count(count) {
+        unsigned long long now = *(volatile unsigned long long*)count;
+        target = now - now % BLOCKS;
     }
+
+    // How many there have been before this launch.
+    DEVICE u32 past() const { return (u32)(target / BLOCKS); }
 
     DEVICE void arrive() {
         __syncthreads();

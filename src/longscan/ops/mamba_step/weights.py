@@ -245,13 +245,20 @@ class MambaModelWeights:
         if tokens.dim() != 1 or tokens.shape[0] == 0:
             raise ArgumentError(f"tokens: got shape {tuple(tokens.shape)}, expected (batch,) with at least one")
 
-    def check_states(self, states: Sequence[tuple[Tensor, Tensor]], batch: int, kinds: Container[torch.dtype]) -> None:
+    def check_states(
+        self,
+        states: Sequence[tuple[Tensor, Tensor]],
+        batch: int,
+        kinds: Container[torch.dtype],
+        ssm_kind: torch.dtype = torch.float32,
+    ) -> None:
         """Raise ArgumentError unless there is one (conv_state, ssm_state) per layer that the kernels can update.
 
         Args:
             states: see the package's docstring.
             batch: number of sequences.
             kinds: the dtypes a conv_state may have.
+            ssm_kind: the dtype of every ssm_state.
         """
         s = self.sizes
         if len(states) != len(self.layers):
@@ -269,15 +276,11 @@ class MambaModelWeights:
                     f"strides {conv.stride()}; expected {conv_shape} on {self.device}, contiguous, of "
                     f"{' or '.join(str(kind).removeprefix('torch.') for kind in KINDS if kind in kinds)}"
                 )
-            if (
-                ssm.shape != ssm_shape
-                or ssm.dtype != torch.float32
-                or not ssm.is_contiguous()
-                or ssm.device != self.device
-            ):
+            if ssm.shape != ssm_shape or ssm.dtype != ssm_kind or not ssm.is_contiguous() or ssm.device != self.device:
                 raise ArgumentError(
                     f"states: ssm_state of layer {i} is {ssm.dtype} {tuple(ssm.shape)} on {ssm.device} with strides "
-                    f"{ssm.stride()}; expected float32 {ssm_shape} on {self.device}, contiguous"
+                    f"{ssm.stride()}; expected {str(ssm_kind).removeprefix('torch.')} {ssm_shape} on {self.device}, "
+                    "contiguous"
                 )
 
 

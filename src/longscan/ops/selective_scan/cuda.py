@@ -6,18 +6,21 @@ compiled when they are first needed (`longscan.ops.nvrtc`).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from longscan.ops import nvrtc
 from longscan.ops.nvrtc import FORMATS, addresses, rows
-from longscan.ops.selective_scan.cuda_call import Call, steps
+from longscan.ops.selective_scan.cuda_call import Call, dense, steps
 from longscan.ops.selective_scan.cuda_plan import Split, backward_split, forward_split
 
 #: Steps between saved states, and of a tile of the backward pass.
 CHUNK = 32
 
-# Most real and most complex states of a channel.
+# Most real and most complex states of a channel that a launch takes. More are taken in several launches: outputs, and
+# what flows into x, dt and z, are sums over states.
 _MOST = {False: 32, True: 16}
 
 # Steps of a tile of the pass that finds what flows out of a piece of time, and those whose states the backward pass
@@ -44,10 +47,6 @@ def unsupported(
     """Why these arguments cannot be served, in words; None when they can."""
     if x.dtype not in FORMATS:
         return f"its kernels take float32, bfloat16 and float16, not {x.dtype}"
-    most = _MOST[A.is_complex()]
-    if A.shape[1] > most:
-        kind = "complex" if A.is_complex() else "real"
-        return f"it serves up to {most} {kind} states per channel, not {A.shape[1]}"
     return nvrtc.refuse_device(x.device.index or 0)
 
 
@@ -78,15 +77,63 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, final state and (with `save`) the states at chunk borders."""
     with torch.cuda.device(x.device):
-        call = Call.of(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus)
-        return _forward(call, forward_split(*call.size), save)
+        calls = _calls(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus)
+        call = calls[0]
+        shape = checkpoints_shape(call.tokens, call.channels, A.shape[1], call.sequences) if save else (0,)
+        saved = torch.empty(shape, dtype=call.A.dtype, device=x.device)
+        y, finals = None, []
+        for part, own in zip(calls, _saved_parts(saved, calls), strict=True):
+            output, final = _forward(part, forward_split(*part.size), own if save else None)
+            y = _add(y, output)
+            finals.append(final)
+        assert y is not None
+        return y.to(x.dtype), _joined(finals), saved
 
 
-def _forward(call: Call, split: Split, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _calls(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    softplus: bool,
+) -> list[Call]:
+    """A call for every so many states; the skip is added by the first one."""
+    most, states = _MOST[A.is_complex()], A.shape[1]
+    calls = []
+    for first in range(0, states, most):
+        own = slice(first, first + most)
+        initial = None if initial_state is None else initial_state[..., own]
+        parts = (A[:, own], B[..., own], C[..., own], D if first == 0 else None)
+        calls.append(Call.of(x, dt, *parts, z, dt_bias, initial, cu_seqlens, softplus, partial=states > most))
+    return calls
+
+
+def _saved_parts(saved: Tensor, calls: list[Call]) -> list[Tensor]:
+    """The saved states of each call, one after the other in memory."""
+    places = saved.numel() // sum(call.states for call in calls)
+    return list(saved.view(-1).split([places * call.states for call in calls]))
+
+
+def _add(total: Tensor | None, part: Tensor) -> Tensor:
+    """The sum, in place of the total."""
+    return part if total is None else total.add_(part)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Along the states."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def _forward(call: Call, split: Split, saved: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Output and final state; `saved` is written."""
     x = call.x
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    shape = checkpoints_shape(call.tokens, call.channels, call.states, call.sequences) if save else (0,)
-    saved = torch.empty(shape, dtype=call.A.dtype, device=x.device)
+    y = call.new_result()
     # B and C that are constant in time take registers of their own.
     lanes, each = call.lanes(split.numbers if call.B.dim() == call.C.dim() == 4 else min(split.numbers, 8))
     blocks = call.blocks(32 // lanes)
@@ -97,24 +144,10 @@ def _forward(call: Call, split: Split, save: bool) -> tuple[Tensor, Tensor, Tens
     ends, sums = (call.new_states(pieces), call.new_sums(pieces)) if split.steps else (None, None)
 
     def scan(output: bool, before: Tensor | None, final: Tensor | None) -> None:
-        own = {"OUTPUT": output, "SAVE": output and save, "CHUNKED": split.steps > 0}
+        own = {"OUTPUT": output, "SAVE": output and saved is not None, "CHUNKED": split.steps > 0}
         run = call.kernel("scan_forward.cu", "scan_forward", {**options, **layout, **own})
-        tensors = (
-            x,
-            call.dt,
-            call.z,
-            call.A,
-            call.B,
-            call.C,
-            call.D,
-            call.dt_bias,
-            y,
-            before,
-            final,
-            saved,
-            ends,
-            sums,
-        )
+        given = (x, call.dt, call.z, call.A, call.B, call.C, call.D, call.dt_bias)
+        tensors = (*given, y, before, final, saved, ends, sums)
         strides = (*steps(x, call.dt, call.z), *call.strides)
         arguments = (*addresses(*tensors, call.offsets), *strides, *call.sizes(blocks), split.steps, items)
         run.launch(-(-items // _FORWARD_WARPS), 32 * _FORWARD_WARPS, arguments)
@@ -122,11 +155,11 @@ def _forward(call: Call, split: Split, save: bool) -> tuple[Tensor, Tensor, Tens
     if ends is None or sums is None:
         final = call.new_states(call.sequences)
         scan(True, call.initial, final)
-        return y, final, saved
+        return y, final
     scan(False, None, None)
     borders, final = call.chain(options, ends, sums, call.initial, split.steps, reverse=False)
     scan(True, borders, None)
-    return y, final, saved
+    return y, final
 
 
 def backward(
@@ -148,17 +181,51 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, dt, A, B, C, D, z, dt_bias and initial_state (None where the argument is None)."""
     with torch.cuda.device(x.device):
-        call = Call.of(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus)
-        dfinal = dfinal.resolve_conj().contiguous()
-        dx, ddt, dA, dB, dC, *others = _backward(
-            call, backward_split(*call.size), rows(dy.to(x.dtype)), dfinal, checkpoints
-        )
-        assert dB is not None
-        assert dC is not None
-        return dx, ddt, dA, dB.to(B.dtype), dC.to(C.dtype), *others
+        calls = _calls(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus)
+        dy, dfinals = rows(dy.to(x.dtype)), dfinal.split([call.states for call in calls], dim=-1)
+        total: Gradients | None = None
+        for call, own, saved in zip(calls, dfinals, _saved_parts(checkpoints, calls), strict=True):
+            part = _backward(call, backward_split(*call.size), dy, dense(own), saved)
+            total = part if total is None else total.plus(part)
+        assert total is not None
+        dx, ddt, dz = (None if t is None else t.to(x.dtype) for t in (total.x, total.dt, total.z))
+        dA, dB, dC = _joined(total.A), _joined(total.B), _joined(total.C)
+        dinitial = None if initial_state is None else _joined(total.initial)
+        return dx, ddt, dA, dB.to(B.dtype), dC.to(C.dtype), total.D, dz, total.dt_bias, dinitial
 
 
-def _backward(call: Call, split: Split, dy: Tensor, dfinal: Tensor, saved: Tensor) -> tuple[Tensor | None, ...]:
+@dataclass
+class Gradients:
+    """Of a call's arguments; those with states, of each of its parts."""
+
+    x: Tensor
+    dt: Tensor
+    z: Tensor | None
+    D: Tensor | None
+    dt_bias: Tensor | None
+    A: list[Tensor]
+    B: list[Tensor]
+    C: list[Tensor]
+    initial: list[Tensor]
+
+    def plus(self, other: Gradients) -> Gradients:
+        """With those of the states that follow."""
+        self.x += other.x
+        self.dt += other.dt
+        if self.z is not None and other.z is not None:
+            self.z += other.z
+        if self.dt_bias is not None and other.dt_bias is not None:
+            self.dt_bias += other.dt_bias
+        for own, others in zip(self._by_state, other._by_state, strict=True):
+            own += others
+        return self
+
+    @property
+    def _by_state(self) -> tuple[list[Tensor], ...]:
+        return self.A, self.B, self.C, self.initial
+
+
+def _backward(call: Call, split: Split, dy: Tensor, dfinal: Tensor, saved: Tensor) -> Gradients:
     x, z = call.x, call.z
     lanes, each = call.lanes(split.numbers)
     width = 32 // lanes
@@ -172,9 +239,6 @@ def _backward(call: Call, split: Split, dy: Tensor, dfinal: Tensor, saved: Tenso
     else:
         dinitial = call.new_states(call.sequences)
 
-    def like(tensor: Tensor) -> Tensor:
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-
     def partial(tensor: Tensor, groups: int) -> Tensor:
         """Room for the partial sums of B's or C's gradient."""
         if tensor.dim() != 4:
@@ -183,7 +247,7 @@ def _backward(call: Call, split: Split, dy: Tensor, dfinal: Tensor, saved: Tenso
         shape = (parts, call.tokens, groups, call.planes, lanes * each)
         return torch.empty(shape, dtype=torch.float32, device=x.device)
 
-    dx, ddt, dz = like(x), like(x), None if z is None else like(x)
+    dx, ddt, dz = call.new_result(), call.new_result(), None if z is None else call.new_result()
     dA, dD, dbias = call.new_states(pieces), call.new_sums(pieces), call.new_sums(pieces)
     dB, dC = partial(call.B, call.b_groups), partial(call.C, call.c_groups)
     layout = {"TILE": CHUNK, "SUB": _SUB, "WARPS": warps, "RESIDENT": _BACKWARD_BLOCKS}
@@ -193,16 +257,16 @@ def _backward(call: Call, split: Split, dy: Tensor, dfinal: Tensor, saved: Tenso
     strides = (*steps(dy, x, call.dt, z), *call.strides)
     arguments = (*addresses(*given, *found, call.offsets), *strides, *call.sizes(blocks), split.steps, call.tokens)
     run.launch(pieces * call.groups * blocks, 32 * warps, arguments)
-    return (
-        dx,
-        ddt,
-        dA.sum(0),
-        _collect(dB, call.B),
-        _collect(dC, call.C),
-        None if call.D is None else dD.sum(0),
-        dz,
-        None if call.dt_bias is None else dbias.sum(0),
-        None if call.initial is None else dinitial,
+    return Gradients(
+        x=dx,
+        dt=ddt,
+        z=dz,
+        D=None if call.D is None else dD.sum(0),
+        dt_bias=None if call.dt_bias is None else dbias.sum(0),
+        A=[dA.sum(0)],
+        B=[_collect(dB, call.B)],
+        C=[_collect(dC, call.C)],
+        initial=[dinitial],
     )
 
 

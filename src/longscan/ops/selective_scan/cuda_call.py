@@ -30,11 +30,18 @@ def _coefficient(tensor: Tensor) -> Tensor:
     """B or C as the kernels read it: states next to one another; a constant in float32."""
     if tensor.dim() == 4:
         return rows(tensor.resolve_conj())
-    return (tensor.resolve_conj() if tensor.is_complex() else tensor.float()).contiguous()
+    return dense(tensor if tensor.is_complex() else tensor.float())
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.resolve_conj().contiguous()
+def dense(tensor: Tensor) -> Tensor:
+    """The tensor itself if it is contiguous and begins at a multiple of 16 bytes, which is what a thread moves at a
+    time; else (a view of a larger one need not) a copy."""
+    tensor = tensor.resolve_conj().contiguous()
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else dense(tensor)
 
 
 def _coefficient_strides(tensor: Tensor) -> tuple[int, int, int]:
@@ -76,6 +83,8 @@ class Call:
     initial: Tensor | None
     offsets: Tensor | None
     softplus: bool
+    #: These are some of the states only: outputs are summands, in float32.
+    partial: bool
 
     @staticmethod
     def of(
@@ -90,19 +99,21 @@ class Call:
         initial_state: Tensor | None,
         cu_seqlens: Tensor | None,
         dt_softplus: bool,
+        partial: bool,
     ) -> Call:
         return Call(
             rows(x),
             rows(dt),
             None if z is None else rows(z),
-            A.resolve_conj().contiguous(),
+            dense(A),
             _coefficient(B),
             _coefficient(C),
-            _contiguous(D),
-            _contiguous(dt_bias),
-            _contiguous(initial_state),
-            _contiguous(cu_seqlens),
+            _dense(D),
+            _dense(dt_bias),
+            _dense(initial_state),
+            _dense(cu_seqlens),
             dt_softplus,
+            partial,
         )
 
     @cached_property
@@ -189,10 +200,16 @@ class Call:
             "LANES": lanes,
             "STATES": each,
             "WHOLE": lanes * each == self.states,
+            "PARTIAL": self.partial,
         }
 
     def kernel(self, source: str, name: str, options: dict[str, int]) -> nvrtc.Kernel:
         return _kernel(source, name, tuple(options.items()), self.device)
+
+    def new_result(self) -> Tensor:
+        """Room for what is written once per channel and step."""
+        dtype = torch.float32 if self.partial else self.x.dtype
+        return torch.empty(self.x.shape, dtype=dtype, device=self.x.device)
 
     def new_states(self, count: int) -> Tensor:
         """Room for the states of `count` pieces."""

@@ -80,10 +80,26 @@ DEVICE Step load_step(const Warp& w, const Shared& s, int r, int column, int par
     return o;
 }
 
+// Sums over time are of stretches of so many steps first, then of those: long sequences are rounded no more often than short ones.
+constexpr int STRETCH = 8 * TILE;
+
+// Adds a stretch's sums to those in memory and begins anew. No thread but this one adds to these places, so that the order is fixed.
+DEVICE void move_sums(Pair (&sums)[STATES], float* to, int first, i64 states, bool live) {
+#pragma unroll
+    for (int n = 0; n < STATES; n++) {
+        if (live && (WHOLE || first + n < states)) {
+            float* at = to + (first + n) * PLANES;
+            asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(at), "f"(sums[n].re) : "memory");
+            if (COMPLEX) asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(at + PLANES - 1), "f"(sums[n].im) : "memory");
+        }
+        sums[n] = {0.f, 0.f};
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) scan_backward(
     const number* dy, const number* x, const number* dt, const number* z, const float* A, const coefficient* B,
     const coefficient* C, const float* D, const float* dt_bias, const float* saved, const float* dfinal,
-    number* dx, number* ddt, number* dz, float* dA, float* dB, float* dC, float* dD, float* dbias, float* dinitial,
+    result* dx, result* ddt, result* dz, float* dA, float* dB, float* dC, float* dD, float* dbias, float* dinitial,
     const i64* offsets,
     i64 dy_row, i64 dy_step, i64 x_row, i64 x_step, i64 dt_row, i64 dt_step, i64 z_row, i64 z_step,
     i64 b_row, i64 b_step, i64 b_group, i64 c_row, i64 c_step, i64 c_group,
@@ -131,6 +147,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) scan_backward
     read_states(u, dfinal + (end * channels + channel) * state_size, part * STATES, states, live);
 #pragma unroll
     for (int n = 0; n < STATES; n++) a[n].re *= LOG2E, da[n] = db[n] = dc[n] = {0.f, 0.f};
+    const i64 own = (piece * channels + channel) * state_size;
+    write_states(da, dA + own, part * STATES, states, live);
+    if (!B_STEP) write_states(db, dB + own, part * STATES, states, live);
+    if (!C_STEP) write_states(dc, dC + own, part * STATES, states, live);
     if (!B_STEP) read_states(fixed_b, (const float*)B + channel * state_size, part * STATES, states, live);
     if (!C_STEP) read_states(fixed_c, (const float*)C + channel * state_size, part * STATES, states, live);
     const int pair = lane % ACROSS * PAIRS, first_row = lane / ACROSS;
@@ -141,6 +161,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) scan_backward
     const float skip = D != nullptr && live ? D[channel] : 0.f;
     const float own_bias = dt_bias != nullptr && live ? dt_bias[channel] : 0.f;
     float dskip = 0.f, dshift = 0.f;
+    float dskip_total = 0.f, dshift_total = 0.f;
     float pick[NUMBERS + NUMBERS % 2];
 #pragma unroll
     for (int n = 0; n < NUMBERS + NUMBERS % 2; n++) pick[n] = lane / 4 == n ? 1.f : 0.f;
@@ -231,6 +252,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) scan_backward
 #pragma unroll
             for (int first = SUB - LANES; first >= 0; first -= LANES) {
                 float read[LANES], into_drive[LANES], into_step[LANES];
+                // The step that this lane finishes; its slope is ready when the sums are.
+                const int r = sub * SUB + first + part;
+                const float slope = SOFTPLUS ? sigmoid(widen(w.dt[half][r][column]) + own_bias) : 1.f;
 #pragma unroll
                 for (int j = LANES - 1; j >= 0; j--) {
                     const int i = first + j;
@@ -293,13 +317,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) scan_backward
                 // This lane has the whole sums of one step of its channel.
                 const float y = HAS_Z ? TWICE * sum_parts(read, part) : 0.f;
                 const float p = sum_parts(into_drive, part), q = sum_parts(into_step, part);
-                const int r = sub * SUB + first + part;
                 const bool inside = t + r < count && live;
                 const float step = w.steps[r][column].x, weight = w.weight[r][column];
                 const float value = widen(w.x[half][r][column]);
-                float dstep = fmaf(value, p, q);
-                if (SOFTPLUS)
-                    dstep *= FORMAT == 0 ? sigmoid(widen(w.dt[half][r][column]) + own_bias) : 1.f - exp2_fast(-step * LOG2E);
+                float dstep = slope * fmaf(value, p, q);
                 float dgate = 0.f;
                 if (HAS_Z) {
                     const float gate = widen(w.z[half][HAS_Z ? r : 0][column]), open = sigmoid(gate);
@@ -310,9 +331,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) scan_backward
                 dskip = fmaf(weight, value, dskip);
                 const u32 at = r * stride + place;
                 if (inside) {
-                    dx[at] = narrow(fmaf(weight, skip, step * p));
-                    ddt[at] = narrow(dstep);
-                    if (HAS_Z) dz[at] = narrow(dgate);
+                    dx[at] = round_result(fmaf(weight, skip, step * p));
+                    ddt[at] = round_result(dstep);
+                    if (HAS_Z) dz[at] = round_result(dgate);
                 }
             }
             if (B_STEP || C_STEP) {
@@ -342,24 +363,26 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) scan_backward
                 }
             }
         }
+        if (t % STRETCH == 0) {
+            move_sums(da, dA + own, part * STATES, states, live);
+            if (!B_STEP) move_sums(db, dB + own, part * STATES, states, live);
+            if (!C_STEP) move_sums(dc, dC + own, part * STATES, states, live);
+            dskip_total += dskip, dshift_total += dshift, dskip = dshift = 0.f;
+        }
         dx -= TILE * channels, ddt -= TILE * channels;
         if (HAS_Z) dz -= TILE * channels;
         if (B_STEP) dB -= TILE * b_groups * RAW;
         if (C_STEP) dC -= TILE * c_groups * RAW;
     }
 
-    const i64 own = (piece * channels + channel) * state_size;
-    write_states(da, dA + own, part * STATES, states, live);
-    if (!B_STEP) write_states(db, dB + own, part * STATES, states, live);
-    if (!C_STEP) write_states(dc, dC + own, part * STATES, states, live);
     if (!CHUNKED) write_states(u, dinitial + own, part * STATES, states, live);
 #pragma unroll
     for (int other = CHANNELS; other < 32; other *= 2) {
-        dskip += __shfl_xor_sync(ALL, dskip, other);
-        dshift += __shfl_xor_sync(ALL, dshift, other);
+        dskip_total += __shfl_xor_sync(ALL, dskip_total, other);
+        dshift_total += __shfl_xor_sync(ALL, dshift_total, other);
     }
     if (part == 0 && live) {
-        dD[piece * channels + channel] = dskip;
-        dbias[piece * channels + channel] = dshift;
+        dD[piece * channels + channel] = dskip_total;
+        dbias[piece * channels + channel] = dshift_total;
     }
 }

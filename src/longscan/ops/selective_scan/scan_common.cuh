@@ -6,9 +6,19 @@
 //   COMPLEX     complex A, B, C and states
 //   B_STEP, C_STEP   B and C per time step (else constant in time)
 //   HAS_Z, SOFTPLUS, ALIGNED (16-byte accesses are possible), WHOLE (LANES x STATES is the number of states)
+//   PARTIAL     these are some of the states only: outputs are summands, in float32
 #pragma once
 
 #include "../cuda_common.cuh"
+
+// What is written once per channel and step.
+#if PARTIAL
+typedef float result;
+DEVICE result round_result(float value) { return value; }
+#else
+typedef number result;
+DEVICE result round_result(float value) { return narrow(value); }
+#endif
 
 constexpr int PLANES = COMPLEX ? 2 : 1;
 // Channels of a warp. Lane = part * CHANNELS + channel, where a part is LANES-th of a channel's states.

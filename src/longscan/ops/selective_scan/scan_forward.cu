@@ -30,7 +30,7 @@ __device__ int scan_forward_bytes = WARPS * sizeof(Shared);
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) scan_forward(
     const number* x, const number* dt, const number* z, const float* A, const coefficient* B, const coefficient* C,
-    const float* D, const float* dt_bias, number* y, const float* initial, float* final, float* saved, float* carry,
+    const float* D, const float* dt_bias, result* y, const float* initial, float* final, float* saved, float* carry,
     float* sums, const i64* offsets,
     i64 x_row, i64 x_step, i64 dt_row, i64 dt_step, i64 z_row, i64 z_step,
     i64 b_row, i64 b_step, i64 b_group, i64 c_row, i64 c_step, i64 c_group,
@@ -127,7 +127,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) scan_forward(
         if constexpr (C_STEP && OUTPUT) widen_rows<TILE, 32>(&s.c[k & 1][0][0], &s.raw_c[k & 1][0][0], lane);
     };
     auto finish = [&](int k) {
-        number* to = y + (i64)k * TILE * channels;
+        result* to = y + (i64)k * TILE * channels;
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
             const int r = first_row + i * ROW_STEP;
@@ -140,7 +140,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) scan_forward(
                 out.y *= gate.y * sigmoid(gate.y);
             }
             const bool inside = k >= 0 && k * TILE + r < count;
-            number* at = to + places[i];
+            result* at = to + places[i];
             if (PAIRS == 2 && ALIGNED) {
                 store_pair_if(inside && pair < width, at, out);
             } else {
