@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from longscan.tasks.arena_standins import RetrievalStandin, ReviewsStandin, ShapesStandin
 from longscan.tasks.associative_recall import AssociativeRecall, MultiQueryAssociativeRecall
+from longscan.tasks.byte_text import ByteText, Retrieval
 from longscan.tasks.copying import Copying
 from longscan.tasks.delay import Delay
 from longscan.tasks.digits import DigitsStandin, PermutedDigits, PermutedDigitsStandin, SequentialDigits
+from longscan.tasks.grey_images import GreyImages
 from longscan.tasks.induction_heads import InductionHeads
 from longscan.tasks.language import Language
+from longscan.tasks.listops import ListOps
+from longscan.tasks.pathfinder import Pathfinder, PathX
 from longscan.tasks.selective_copying import SelectiveCopying
 from longscan.tasks.task import Task
 from longscan.tasks.trajectories import CharacterTrajectories, TrajectoriesStandin
@@ -30,4 +35,13 @@ TASKS = SYNTHETIC | _by_name(
     Delay,
     CharacterTrajectories,
     TrajectoriesStandin,
+    ListOps,
+    Pathfinder,
+    PathX,
+    ByteText,
+    Retrieval,
+    GreyImages,
+    ReviewsStandin,
+    RetrievalStandin,
+    ShapesStandin,
 )
