@@ -34,7 +34,7 @@ from longscan.experiments import (
     results_page,
     scales_of,
 )
-from longscan.experiments.report import duration, figure_cell, metric_words
+from longscan.experiments.report import duration, figure_cell, metric_words, result_name
 from longscan.models import LanguageModel
 from longscan.nn.storage import write_text
 from longscan.plots.experiments import plot_experiment
@@ -119,7 +119,8 @@ def run(options: Options, console: Console | None = None) -> int:
                 path = options.results / settings.name / f"selection-{settings.scale}.png"
                 console.print(f"written: {plot_selection(done.model, settings.task, path)}")
     results = read_results(options.results, settings.name)
-    console.print(_table(settings, results, beside(published, settings.published, settings.scale)))
+    own = [result for result in results if result.scale == settings.scale]
+    console.print(experiment_table(own, beside(published, settings.published, settings.scale)))
     for path in plot_experiment(results, published, options.results):
         console.print(f"written: {path}")
     return 0
@@ -229,22 +230,23 @@ def _list(options: Options) -> Table:
     return table
 
 
-def _table(settings: Settings, results: list[Result], published: Published | None) -> Table:
+def experiment_table(results: Sequence[Result], published: Published | None) -> Table:
+    """Figures of an experiment's results at one scale, the published ones in brackets."""
+    first = results[0]
     source = "" if published is None else f"in brackets: {published.source}"
     table = Table(
-        title=escape(f"{settings.title}, scale: {settings.scale}. {metric_words(settings.task.metric)}"),
+        title=escape(f"{first.title}, scale: {first.scale}. {metric_words(first.metric)}"),
         title_justify="left",
         caption=escape(source),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
-    own = [result for result in results if result.scale == settings.scale]
-    keys = sorted({int(key) for result in own for key in result.figures})
-    names = [escape(result.label) for result in own]
-    rows = [[f"{key:,}", *(figure_cell(result, key, published) for result in own)] for key in keys]
-    head = [settings.task.axis, *names]
-    if len(own) > _ABREAST:
+    keys = sorted({int(key) for result in results for key in result.figures})
+    names = [escape(result_name(result)) for result in results]
+    rows = [[f"{key:,}", *(figure_cell(result, key, published) for result in results)] for key in keys]
+    head = [first.axis, *names]
+    if len(results) > _ABREAST:
         head, *rows = (list(row) for row in zip(head, *rows, strict=True))
     for column in head:
         table.add_column(column, justify="right")

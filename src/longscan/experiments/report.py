@@ -43,14 +43,15 @@ def _section(results: list[Result], scale: str, published: Published | None) -> 
     if published is not None:
         lines += ["", f"Published: {published.source}.{' ' + published.note if published.note else ''}"]
     lines += ["", _row(["system", *(f"{key:,}" for key in keys)]), _row(["---", *["---:"] * len(keys)])]
-    lines += [_row([_name(result), *(figure_cell(result, key, published) for key in keys)]) for result in results]
-    lines += ["", _row(["system", "parameters", "steps", "ms a step", "training", "test", "on"])]
+    lines += [_row([result_name(result), *(figure_cell(result, key, published) for key in keys)]) for result in results]
+    lines += ["", _row(COST_HEAD)]
     lines += [_row(["---", *["---:"] * 5, "---"])]
-    lines += [_row(_cost(result)) for result in results]
+    lines += [_row(cost_cells(result)) for result in results]
     return "\n".join([*lines, ""])
 
 
-def _name(result: Result) -> str:
+def result_name(result: Result) -> str:
+    """Of a table's row."""
     return result.label if result.seed == 0 else f"{result.label} (seed {result.seed})"
 
 
@@ -68,9 +69,14 @@ def figure_cell(result: Result, key: int, published: Published | None) -> str:
     return shown if theirs is None else f"{shown} ({theirs:g})"
 
 
-def _cost(result: Result) -> list[str]:
+#: Of the columns of :func:`cost_cells`.
+COST_HEAD = ("system", "parameters", "steps", "ms a step", "training", "test", "on")
+
+
+def cost_cells(result: Result) -> list[str]:
+    """What a result took, and where."""
     return [
-        _name(result),
+        result_name(result),
         f"{result.parameters:,}",
         f"{result.steps:,}",
         f"{1000 * result.train_seconds / result.steps:.2f}",

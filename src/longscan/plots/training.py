@@ -17,13 +17,27 @@ def training_curve(
     compressors: Mapping[str, float],
     held_out: float | None,
 ) -> None:
-    """Draw loss over text seen: training, held-out estimates, compressors as lines, and the learning rate below.
+    """Draw :func:`draw_training` to ``path``, a PNG file.
+
+    Raises:
+        StorageError: the figure could not be written.
+    """
+    figure = draw_training(rows, title=title, compressors=compressors, held_out=held_out)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+
+
+def draw_training(
+    rows: Sequence[Mapping[str, Any]], *, title: str, compressors: Mapping[str, float], held_out: float | None
+) -> Any:
+    """Loss over text seen: training, held-out estimates, compressors as lines, and the learning rate below.
 
     Args:
         rows: of ``metrics.jsonl``.
-        path: a PNG file.
         compressors: bits per byte by name.
         held_out: bits per byte of the finished model on the whole held-out part.
+
+    Returns:
+        A matplotlib Figure.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -57,7 +71,25 @@ def training_curve(
     rate.set_xlabel("tokens seen (millions)")
     rate.set_ylabel("learning rate")
     rate.grid(alpha=0.3)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+    return figure
+
+
+def draw_speed(speeds: Sequence[tuple[int, float]]) -> Any:
+    """How fast a run was: pairs of tokens seen and tokens a second.
+
+    Returns:
+        A matplotlib Figure.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 2.4), layout="constrained")
+    panel = figure.subplots()
+    panel.plot(*zip(*((tokens / 1e6, speed) for tokens, speed in speeds), strict=True), linewidth=0.8)
+    panel.set_ylim(bottom=0)
+    panel.set_xlabel("tokens seen (millions)")
+    panel.set_ylabel("tokens/s")
+    panel.grid(alpha=0.3)
+    return figure
 
 
 def _smooth(values: Sequence[float], keep: float = 0.95) -> list[float]:
