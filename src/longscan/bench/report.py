@@ -47,7 +47,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """One run of one benchmark. With `higher_is_better` the values are rates, else times; `note` is about all of them."""
+    """One run of one benchmark. With `higher_is_better` the values are rates, else times; `note` is about them all."""
 
     bench: str
     unit: str

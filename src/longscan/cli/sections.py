@@ -1,4 +1,4 @@
-"""The sections of `longscan report`: a run, an experiment, a comparison, a benchmark; with the tables of the commands."""
+"""The sections of `longscan report`: runs, experiments, comparisons, benchmarks, with the tables of their commands."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from longscan.cli.config import read_toml
 from longscan.cli.reproduce import experiment_table
 from longscan.errors import DataError, LongscanError
 from longscan.experiments import Published, Result, beside, read_published, read_result
-from longscan.experiments.report import COST_HEAD, cost_cells, duration, metric_words
+from longscan.experiments.report import COST_HEAD, cost_cells, duration
 from longscan.models import LanguageModel, LanguageModelConfig
 from longscan.plots.bench import draw_bench
 from longscan.plots.compare import draw_comparison
 from longscan.plots.experiments import draw_experiment
 from longscan.plots.page import Html, Section, facts, figure, folded, paragraph, preformatted, table
-from longscan.plots.training import draw_speed, draw_training
+from longscan.plots.training import draw_runs, draw_speed, draw_training
 from longscan.training.metrics import METRICS_FILE, read_metrics
 from longscan.training.runs import HELD_OUT_FILE, SAMPLE_FILE, read_run
 
@@ -39,7 +39,7 @@ _OPEN = 4
 
 
 def make_sections(found: Mapping[str, Sequence[Path]], published: Path) -> list[Section]:
-    """All of a page: runs, experiments scale by scale, comparisons, benchmarks.
+    """All of a page: runs (several of them side by side first), experiments scale by scale, comparisons, benchmarks.
 
     Args:
         found: paths by "run", "experiment", "compare" and "bench".
@@ -50,7 +50,10 @@ def make_sections(found: Mapping[str, Sequence[Path]], published: Path) -> list[
         DataError, StorageError: a file is not what it says it is.
     """
     tables = read_published(read_toml(published), str(published)) if published.is_file() else {}
-    sections = [_whole(run_section, folder) for folder in found["run"]]
+    runs = found["run"]
+    sections = [_whole(run_section, folder) for folder in runs]
+    if len(runs) > 1:
+        sections.insert(0, runs_section(runs))
     groups: dict[tuple[str, str], list[Path]] = {}
     results = {path: read_result(path) for path in found["experiment"]}
     for path, result in results.items():
@@ -64,32 +67,35 @@ def make_sections(found: Mapping[str, Sequence[Path]], published: Path) -> list[
     return sections
 
 
+def runs_section(folders: Sequence[Path]) -> Section:
+    """Runs of `longscan train` beside one another."""
+    # Two runs may have the same name in different folders.
+    boxes = {str(folder): _figures(folder) for folder in folders}
+    head = list(dict.fromkeys(key for own in boxes.values() for key in own))
+    rows = [[name, *(own.get(key, "") for key in head)] for name, own in boxes.items()]
+    parts = [table(["run", *head], rows, left=(0, 1, 2))]
+    metrics = {str(folder): read_metrics(folder / METRICS_FILE) for folder in folders}
+    begun = {name: own for name, own in metrics.items() if own}
+    if begun:
+        parts.append(figure(draw_runs(begun), "Bits per byte over the text seen: lines in training, dots held out."))
+    return Section("Runs beside one another", parts)
+
+
 def run_section(folder: Path) -> Section:
     """A run of `longscan train`, finished or not."""
     config, rows = read_run(folder), read_metrics(folder / METRICS_FILE)
     held_out = _json(folder / HELD_OUT_FILE)
     compressors = held_out.get("compressors_bits_per_byte", {})
-    shape = LanguageModelConfig.from_dict(config["model"])
-    with torch.device("meta"):
-        parameters = LanguageModel(shape).num_parameters()
     label = config["corpus"]["label"]
-    boxes = {
-        "text": label,
-        "model": f"{shape.n_layer} x {'+'.join(shape.mixer_names)}, d_model {shape.d_model}",
-        "parameters": f"{parameters:,}",
-        **_progress(rows, config["training"]["steps"], config["corpus"]["train_tokens"]),
-    }
-    if held_out:
-        boxes["held-out bits per byte"] = f"{held_out['bits_per_byte']:.4f}"
-    boxes |= {f"{name}, bits per byte": f"{value:.4f}" for name, value in compressors.items()}
-    parts = [facts(boxes)]
+    parts = [facts(_figures(folder))]
     if any("bits_per_byte" in row for row in rows):
         drawn = draw_training(rows, title=label, compressors=compressors, held_out=held_out.get("bits_per_byte"))
         parts.append(figure(drawn, "Bits per byte and learning rate over the text seen."))
     else:
         parts.append(paragraph("No step has been written down yet."))
     if len(_speeds(rows)) > 1:
-        parts.append(figure(draw_speed(_speeds(rows)), "Tokens a second; evaluations lie between the steps."))
+        drawn = draw_speed(_speeds(rows))
+        parts.append(figure(drawn, "Tokens a second, with what lies between steps: estimates, checkpoints."))
     sample = folder / SAMPLE_FILE
     if sample.is_file():
         parts += [paragraph("A sample of the trained model:"), preformatted(sample.read_text(encoding="utf-8"))]
@@ -101,6 +107,28 @@ def run_section(folder: Path) -> Section:
     parts.append(folded("Settings", [table(("setting", "value"), settings, left=(0, 1))]))
     parts += _machine(config, config.get("device"))
     return Section(folder.resolve().name, parts)
+
+
+def _figures(folder: Path) -> dict[str, str]:
+    """What a run is and what came out, in short."""
+    config, rows = read_run(folder), read_metrics(folder / METRICS_FILE)
+    held_out = _json(folder / HELD_OUT_FILE)
+    shape = LanguageModelConfig.from_dict(config["model"])
+    with torch.device("meta"):
+        parameters = LanguageModel(shape).num_parameters()
+    boxes = {
+        "text": config["corpus"]["label"],
+        "model": f"{shape.n_layer} x {'+'.join(shape.mixer_names)}, d_model {shape.d_model}",
+        "parameters": f"{parameters:,}",
+        **_progress(rows, config["training"]["steps"], config["corpus"]["train_tokens"]),
+    }
+    if held_out:
+        boxes["held-out bits per byte"] = f"{held_out['bits_per_byte']:.4f}"
+    boxes |= {
+        f"{name}, bits per byte": f"{value:.4f}"
+        for name, value in held_out.get("compressors_bits_per_byte", {}).items()
+    }
+    return boxes
 
 
 def _progress(rows: Sequence[Mapping[str, Any]], planned: int, corpus: int) -> dict[str, str]:
@@ -133,15 +161,17 @@ def _speeds(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
 def experiment_section(results: Sequence[Result], published: Published | None) -> Section:
     """The results of an experiment at one scale, the published figures beside them."""
     first = results[0]
-    task = ", ".join(f"{key} {_plain(value)}" for key, value in first.task.items())
+    task = ", ".join(f"{key} {_plain(value)}" for key, value in first.task.items() if key != "name")
     command = f"longscan reproduce {first.experiment.replace('_', '-')} --scale {first.scale}"
-    boxes = {"task": task, "measured by": metric_words(first.metric), "test sequences": f"{first.sequences:,}"}
-    parts = [facts({**boxes, "command": command})]
+    parts = [
+        preformatted(command),
+        paragraph(f"Task: {first.task['name']}, {task}. Test sequences of each figure: {first.sequences:,}."),
+    ]
     if published is not None:
         parts.append(paragraph(f"Published: {published.source}. {published.note}"))
     parts += [
         table_of(experiment_table(results, published)),
-        figure(draw_experiment(results, published), f"{first.title}, {first.scale}; published figures are dashed."),
+        figure(draw_experiment(results, published), f"{first.title}, scale: {first.scale}"),
         table(COST_HEAD, map(cost_cells, results), left=(0, len(COST_HEAD) - 1)),
     ]
     # Systems may have been measured in different places.
@@ -180,9 +210,8 @@ def table_of(shown: Table) -> Html:
     """A table of the terminal as one of the page."""
     columns = [[Text.from_markup(str(cell)).plain for cell in column.cells] for column in shown.columns]
     head = [Text.from_markup(str(column.header)).plain for column in shown.columns]
-    left = [index for index, name in enumerate(head) if not name or name == "system"]
     title, caption = (Text.from_markup(str(words or "")).plain for words in (shown.title, shown.caption))
-    return table(head, zip(*columns, strict=True), title=title, caption=caption, left=left)
+    return table(head, zip(*columns, strict=True), title=title, caption=caption)
 
 
 def _machine(values: Mapping[str, Any], device: str | None) -> list[Html]:

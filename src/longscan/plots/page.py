@@ -78,7 +78,9 @@ def page(title: str, sections: Sequence[Section], note: str = "") -> str:
         body.append(f"<nav><ul>{''.join(entries)}</ul></nav>")
     for number, section in enumerate(sections, 1):
         parts = "\n".join(section.parts)
-        body.append(f'<section id="section-{number}">\n<h2>{escape(section.heading)}</h2>\n{parts}\n</section>')
+        # A page of one thing has its name on top already.
+        heading = "" if section.heading == title else f"<h2>{escape(section.heading)}</h2>\n"
+        body.append(f'<section id="section-{number}">\n{heading}{parts}\n</section>')
     head = (
         '<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{escape(_POLICY)}">\n'

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from longscan.nn.storage import write_atomically
+from longscan.plots.palette import COLOURS
 
 
 def training_curve(
@@ -89,6 +90,32 @@ def draw_speed(speeds: Sequence[tuple[int, float]]) -> Any:
     panel.set_xlabel("tokens seen (millions)")
     panel.set_ylabel("tokens/s")
     panel.grid(alpha=0.3)
+    return figure
+
+
+def draw_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
+    """Bits per byte of several runs over the text seen, by name: training, smoothed, and held-out estimates as dots.
+
+    Returns:
+        A matplotlib Figure.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    panel = figure.subplots()
+    for index, (name, rows) in enumerate(runs.items()):
+        colour = COLOURS[index % len(COLOURS)]
+        for key, look in (("bits_per_byte", "-"), ("held_out_bits_per_byte", "o")):
+            points = [(row["tokens"] / 1e6, row[key]) for row in rows if key in row]
+            if points:
+                tokens, values = zip(*points, strict=True)
+                training = look == "-"
+                shown = _smooth(values) if training else values
+                panel.plot(tokens, shown, look, color=colour, markersize=4, label=name if training else None)
+    panel.set_xlabel("tokens seen (millions)")
+    panel.set_ylabel("bits per byte")
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8, frameon=False)
     return figure
 
 
