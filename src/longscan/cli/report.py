@@ -53,7 +53,7 @@ def run(options: Options, console: Console | None = None) -> int:
 
     with console.status("drawing"):
         sections = make_sections(found, options.experiments / _PUBLISHED)
-    title = options.title or (sections[0].heading if len(sections) == 1 else f"longscan: {len(sections)} results")
+    title = options.title or (sections[0].heading if len(sections) == 1 else "longscan report")
     now = datetime.datetime.now(datetime.timezone.utc)
     text = page(title, sections, f"longscan {__version__}, {now:%Y-%m-%d %H:%M} UTC")
     alone = found["run"] if sum(map(len, found.values())) == 1 else []

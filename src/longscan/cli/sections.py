@@ -60,7 +60,7 @@ def make_sections(found: Mapping[str, Sequence[Path]], published: Path) -> list[
         groups.setdefault((result.experiment, result.scale), []).append(path)
     for paths in groups.values():
         own = [results[path] for path in paths]
-        with _told(paths[0].parent):
+        with _told(*paths):
             sections.append(experiment_section(own, beside(tables, own[0].published, own[0].scale)))
     sections += [_whole(comparison_section, path) for path in found["compare"]]
     sections += [_whole(bench_section, path) for path in found["bench"]]
@@ -71,9 +71,9 @@ def runs_section(folders: Sequence[Path]) -> Section:
     """Runs of `longscan train` beside one another."""
     # Two runs may have the same name in different folders.
     boxes = {str(folder): _figures(folder) for folder in folders}
-    head = list(dict.fromkeys(key for own in boxes.values() for key in own))
-    rows = [[name, *(own.get(key, "") for key in head)] for name, own in boxes.items()]
-    parts = [table(["run", *head], rows, left=(0, 1, 2))]
+    keys = dict.fromkeys(key for own in boxes.values() for key in own)
+    rows = [[key, *(own.get(key, "") for own in boxes.values())] for key in keys]
+    parts = [table(["", *boxes], rows)]
     metrics = {str(folder): read_metrics(folder / METRICS_FILE) for folder in folders}
     begun = {name: own for name, own in metrics.items() if own}
     if begun:
@@ -249,11 +249,12 @@ def _whole(section: Callable[[Path], Section], path: Path) -> Section:
 
 
 @contextlib.contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """What is missing from a file, or of another type than it must be, is told of that file."""
+def _told(*paths: Path) -> Iterator[None]:
+    """What is missing from files, or of another type than it must be, is told of them."""
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
         if isinstance(error, LongscanError):
             raise
-        raise DataError(f"{path} is damaged, or of another version: {type(error).__name__}: {error}") from error
+        names = ", ".join(map(str, paths))
+        raise DataError(f"{names}: damaged, or of another version: {type(error).__name__}: {error}") from error

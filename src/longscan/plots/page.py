@@ -23,7 +23,8 @@ h1 { font-size: 1.7rem; line-height: 1.25; margin: .5rem 0; overflow-wrap: anywh
 h2 { font-size: 1.3rem; margin: 3rem 0 .75rem; padding-bottom: .3rem; border-bottom: 2px solid var(--accent);
   overflow-wrap: anywhere; }
 p { margin: .5rem 0; overflow-wrap: anywhere; }
-.faint, figcaption, caption { color: var(--faint); font-size: .875rem; }
+.faint, figcaption { color: var(--faint); font-size: .875rem; white-space: pre-line; }
+.title { font-weight: 600; font-size: .875rem; margin-top: 1.25rem; }
 nav ul { columns: 20rem; padding-left: 1.2rem; }
 a { color: var(--accent); }
 dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: .75rem; margin: 1rem 0; }
@@ -32,10 +33,8 @@ dt { color: var(--faint); font-size: .8rem; }
 dd { margin: 0; font-weight: 600; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 figure { margin: 1.25rem 0; }
 img { max-width: 100%; height: auto; }
-.scroll { overflow-x: auto; margin: 1rem 0; }
+.scroll { overflow-x: auto; margin: .5rem 0 1.25rem; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; padding: .25rem 0; white-space: pre-line; }
-caption b { color: var(--ink); }
 th, td { padding: .3rem .75rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
 th { border-bottom-color: var(--faint); }
 th.left, td.left { text-align: left; }
@@ -130,12 +129,12 @@ def table(
         sides = (' class="left"' if index in left else "" for index in range(len(cells)))
         return f"<tr>{''.join(f'<{tag}{side}>{escape(cell)}</{tag}>' for side, cell in zip(sides, cells))}</tr>"  # noqa: B905
 
-    above = [f"<b>{escape(title)}</b>"] if title else []
-    above += [escape(caption)] if caption else []
+    # No <caption>: it would be as narrow as the table.
+    above = f'<p class="title">{escape(title)}</p>' if title else ""
+    above += f'<p class="faint">{escape(caption)}</p>' if caption else ""
     return Html(
-        '<div class="scroll"><table>'
-        + (f"<caption>{'<br>'.join(above)}</caption>" if above else "")
-        + f"<thead>{line('th', head)}</thead><tbody>{''.join(line('td', row) for row in rows)}</tbody></table></div>"
+        f'{above}<div class="scroll"><table>'
+        f"<thead>{line('th', head)}</thead><tbody>{''.join(line('td', row) for row in rows)}</tbody></table></div>"
     )
 
 
