@@ -7,13 +7,17 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from longscan.cli import main
+from longscan.cli.config import read_toml
 from longscan.cli.reproduce import Options, run
 from longscan.errors import CheckpointError, ConfigError, StorageError
-from longscan.experiments import Result, read_results
-from longscan.experiments.report import duration, percent
+from longscan.experiments import Result, Run, read_results, read_settings
+from longscan.experiments.report import duration
+from longscan.tasks.task import ACCURACY, BITS_PER_BYTE, NRMSE
+from tests.tasks.test_digits import write_digits
 
 EXPERIMENT = """
 title = "Small heads"
@@ -36,6 +40,9 @@ PUBLISHED = """
 source = "Someone 2001, table 1"
 figures.mamba = { 16 = 99.5 }
 """
+
+
+percent = ACCURACY.number
 
 
 @pytest.fixture
@@ -73,19 +80,19 @@ def test_from_the_file_to_the_page(options: Options) -> None:
     assert code == 0
     found = results(options)
     mamba = found["mamba"]
-    assert set(mamba.accuracy) == {"16", "32"}
-    assert set(found["attention"].accuracy) == {"16"}
+    assert set(mamba.figures) == {"16", "32"}
+    assert set(found["attention"].figures) == {"16"}
     assert mamba.steps == 12
     assert mamba.curve[-1][0] == 12
     assert mamba.machine["cpu"] in mamba.device
     assert mamba.versions["torch"]
     assert mamba.parameters > 1000
-    assert f"{percent(mamba.accuracy['16'])} (99.5)" in text
+    assert f"{percent(mamba.figures['16'])} (99.5)" in text
     assert "Someone 2001" in text
     assert (options.results / "small_heads" / "paper.png").stat().st_size > 1000
     code, text = told(options, report=True, name=None)
     page = options.docs.read_text()
-    assert f"| Mamba | {percent(mamba.accuracy['16'])} (99.5) | {percent(mamba.accuracy['32'])} |" in page
+    assert f"| Mamba | {percent(mamba.figures['16'])} (99.5) | {percent(mamba.figures['32'])} |" in page
     assert "Small heads, scale: paper" in page
     assert "a second" in told(options, list=True)[1]
 
@@ -112,7 +119,7 @@ def test_pieces_make_the_whole(options: Options, tmp_path: Path) -> None:
         assert "stopped" in text
     (pieced,) = read_results(tmp_path / "pieced")
     assert pieced.curve == whole.curve
-    assert pieced.accuracy == whole.accuracy
+    assert pieced.figures == whole.figures
 
 
 def test_a_finished_run_is_not_done_again(options: Options) -> None:
@@ -150,9 +157,13 @@ def test_the_command_line_knows_it(options: Options, capsys: pytest.CaptureFixtu
 
 
 def test_figures_as_one_says_them() -> None:
-    assert percent(1.0) == "100.0"
-    assert percent(0.99999) == "99.9+"
-    assert percent(0.123) == "12.3"
+    assert [percent(share) for share in (1.0, 0.99999, 0.123)] == ["100.0", "99.9+", "12.3"]
+    assert ACCURACY.text(0.5) == "50.0%"
+    assert BITS_PER_BYTE.text(1.2345) == "1.234"
+    assert NRMSE.text(NRMSE.score(1.0, 4.0)) == "50.00%"
+    assert NRMSE.number(0.99999) == "100.00"
+    assert ACCURACY.reaches(0.9, 0.8)
+    assert not NRMSE.reaches(0.9, 0.8)
     assert [duration(s) for s in (5, 600, 9000)] == ["5 s", "10 min", "2.5 h"]
 
 
@@ -163,3 +174,51 @@ def test_selective_copying_shows_what_the_selection_does(options: Options) -> No
     (options.experiments / "small_heads.toml").write_text(text)
     told(options, only="mamba")
     assert (options.results / "small_heads" / "selection-paper.png").stat().st_size > 1000
+
+
+def test_files_of_earlier_versions_are_read(options: Options) -> None:
+    told(options, only="mamba")
+    (new,) = read_results(options.results)
+    path = next(options.results.glob("*/*.json"))
+    values = json.loads(path.read_text())
+    values["accuracy"] = values.pop("figures")
+    del values["metric"], values["axis"]
+    path.write_text(json.dumps(values))
+    (old,) = read_results(options.results)
+    assert old == new
+
+
+def test_checkpoints_of_earlier_versions_go_on(options: Options) -> None:
+    settings = read_settings("small_heads", read_toml(options.experiments / "small_heads.toml"), "paper")
+    run = Run(settings, settings.systems["mamba"], seed=0, device=torch.device("cpu"), folder=options.runs)
+    run.resume()
+    point = run._trainer.advance(4)  # type: ignore[union-attr]
+    task = {"name": "induction_heads", "length": 16, "vocab": 6}
+    recipe = {"d_model": 16, "n_layer": 1, "batch_size": 4, "learning_rate": 1e-3}
+    about = {
+        "settings": {"task": task, "mixer": "mamba", "recipe": recipe, "seed": 0},
+        "curve": [[4, point.loss, point.figure]],
+        "accuracy": {},
+        "train_seconds": 1.0,
+        "test_seconds": 0.0,
+    }
+    run._trainer.save(run.path, about)  # type: ignore[union-attr]
+    again = Run(settings, settings.systems["mamba"], seed=0, device=torch.device("cpu"), folder=options.runs)
+    assert again.resume() == 4
+    assert again.go_on(lambda: False, lambda point, figures: None)
+    assert set(again.figures) == {"16", "32"}
+
+
+def test_data_are_where_one_says(options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_digits(tmp_path / "mnist")
+    text = EXPERIMENT.replace("induction_heads", "sequential_digits").replace("length = 16, vocab = 6", "length = 16")
+    (options.experiments / "small_digits.toml").write_text(text.replace("lengths = [16, 32]", ""))
+    told(options, name="small-digits", only="mamba", data=str(tmp_path / "mnist"))
+    (result,) = read_results(options.results, "small_digits")
+    assert result.sequences == 5
+    assert 5 * result.figures["16"] == pytest.approx(round(5 * result.figures["16"]))
+    drawn = ["plot", "task", "small-heads", "--experiments", str(options.experiments), "--output", str(tmp_path)]
+    assert main([*drawn, "--scale", "paper"]) == 0
+    assert (tmp_path / "samples" / "small_heads.png").stat().st_size > 5000
+    assert main(["plot", "task", "small-hats", "--experiments", str(options.experiments)]) == 2
+    assert "allowed are an experiment" in capsys.readouterr().err

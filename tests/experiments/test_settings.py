@@ -11,7 +11,7 @@ import pytest
 from longscan.cli.config import read_toml
 from longscan.errors import ConfigError
 from longscan.experiments import SCALES, read_published, read_settings
-from longscan.models import LanguageModelConfig
+from longscan.training.tasks import task_config
 
 FOLDER = Path(__file__).parents[2] / "experiments"
 NAMES = [path.stem for path in FOLDER.glob("*.toml") if "systems" in read_toml(path)]
@@ -42,10 +42,7 @@ def test_every_experiment_can_be_read_and_its_models_built(name: str, scale: str
         assert set(settings.systems) & set(table.figures)
         assert settings.scale != "paper" or {n for row in table.figures.values() for n in row} <= set(settings.lengths)
     for system in settings.systems.values():
-        recipe = system.recipe
-        LanguageModelConfig(
-            d_model=recipe.d_model, mixer=system.mixer, mixer_options=recipe.mixer_options, n_layer=recipe.n_layer
-        )
+        task_config(settings.task, system.mixer, system.recipe)
         assert settings.lengths_of(system)
 
 

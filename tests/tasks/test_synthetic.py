@@ -11,8 +11,8 @@ from longscan.errors import ArgumentError
 from longscan.tasks.associative_recall import AssociativeRecall, MultiQueryAssociativeRecall
 from longscan.tasks.copying import Copying
 from longscan.tasks.induction_heads import InductionHeads
+from longscan.tasks.registry import TASKS
 from longscan.tasks.selective_copying import SelectiveCopying
-from longscan.tasks.synthetic import TASKS
 from longscan.tasks.task import IGNORED, Task
 
 SMALL: tuple[Task, ...] = (

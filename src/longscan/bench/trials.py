@@ -12,13 +12,13 @@ from torch import Tensor
 from longscan.errors import ArgumentError
 from longscan.evaluation.held_out import bits_per_byte, stream_nats
 from longscan.models import LanguageModel
-from longscan.tasks.synthetic import TASKS
+from longscan.tasks.registry import SYNTHETIC
 from longscan.tasks.task import Task
 from longscan.tasks.text import TextConfig, prepare
 from longscan.training import Batches
 
 TEXT = "text"
-NAMES = (TEXT, *TASKS)
+NAMES = (TEXT, *SYNTHETIC)
 
 #: Where a task's own length, a paper's, is too long for a short run: the one that is used unless another is asked for.
 _LENGTHS = {TEXT: 256, "selective_copying": 256, "copying": 256}
@@ -130,7 +130,7 @@ def make_trial(name: str, length: int | None, batch_size: int, seed: int, device
     """The trial of a task's name.
 
     Args:
-        name: "text", or a key of :data:`longscan.tasks.synthetic.TASKS`.
+        name: "text", or a key of :data:`longscan.tasks.registry.SYNTHETIC`.
         length: None: 256, or the task's own where that is not of thousands.
         batch_size, seed, device: of the batches.
 
@@ -143,4 +143,4 @@ def make_trial(name: str, length: int | None, batch_size: int, seed: int, device
     if name == TEXT:
         return Text(length or _LENGTHS[TEXT], batch_size, seed, device)
     options = {} if length is None else {"length": length}
-    return Synthetic(TASKS[name](**options), batch_size, seed, device)
+    return Synthetic(SYNTHETIC[name](**options), batch_size, seed, device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Literal
@@ -32,11 +33,12 @@ from longscan.experiments import (
     read_settings,
     results_page,
 )
-from longscan.experiments.report import duration, percent
+from longscan.experiments.report import duration, figure_cell, metric_words
+from longscan.models import LanguageModel
 from longscan.nn.storage import write_text
 from longscan.plots.experiments import plot_experiment
 from longscan.plots.selection import plot_selection
-from longscan.training.synthetic import Point
+from longscan.training.tasks import Point
 
 _PUBLISHED = "published.toml"
 # Without a terminal: seconds between lines.
@@ -61,6 +63,8 @@ class Options:
     """The published setting, or one for two CPU cores; auto: the published one on a GPU."""
     only: str | None = None
     """Systems to run, with commas between; default: all of the experiment."""
+    data: str | None = None
+    """Where the task's data are, if it reads some: a folder, or what else its option `data` takes."""
     seed: int = 0
     """Of weights and data."""
     minutes: float | None = None
@@ -79,7 +83,9 @@ class Options:
 
 def run(options: Options, console: Console | None = None) -> int:
     """Exit code 0; 130 or 143 after a stop by Ctrl-C or SIGTERM, with everything saved."""
-    console = console or Console(highlight=False, soft_wrap=True)
+    # Where no terminal says how wide a table may be, it is as wide as it is.
+    width = None if sys.stdout.isatty() else 140
+    console = console or Console(highlight=False, soft_wrap=True, width=width)
     published = read_published(read_toml(options.experiments / _PUBLISHED), _PUBLISHED)
     if options.list:
         console.print(_list(options))
@@ -99,7 +105,8 @@ def run(options: Options, console: Console | None = None) -> int:
                 console.print("stopped, all is saved; the same command goes on")
                 return 128 + (stop.signal or signal.SIGINT) if stop() else 0
             console.print(f"written: {done.result().save(options.results)}")
-            if settings.task.name == "selective_copying" and system.mixer == "mamba":
+            selects = settings.task.name == "selective_copying" and system.mixer == "mamba"
+            if selects and isinstance(done.model, LanguageModel):
                 path = options.results / settings.name / f"selection-{settings.scale}.png"
                 console.print(f"written: {plot_selection(done.model, settings.task, path)}")
     results = read_results(options.results, settings.name)
@@ -128,7 +135,7 @@ def _settings(options: Options, name: str, device: torch.device) -> Settings:
     scale = options.scale
     if scale == "auto":
         scale = "paper" if device.type == "cuda" else "here"
-    return read_settings(name, read_toml(options.experiments / f"{name}.toml"), scale)
+    return read_settings(name, read_toml(options.experiments / f"{name}.toml"), scale, data=options.data)
 
 
 def _chosen(settings: Settings, only: str | None) -> list[System]:
@@ -143,7 +150,7 @@ def _chosen(settings: Settings, only: str | None) -> list[System]:
 
 def _work(run: Run, stop: Stop, ends: float | None, console: Console) -> bool:
     """Train and test one system, showing how far it is; False if it was stopped."""
-    system, steps = run.system, run.system.recipe.steps
+    system, steps, metric = run.system, run.system.recipe.steps, run.settings.task.metric
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     figures = TextColumn("{task.fields[figures]}")
     said = 0.0
@@ -151,14 +158,14 @@ def _work(run: Run, stop: Stop, ends: float | None, console: Console) -> bool:
         task = bar.add_task(escape(system.label), total=steps, figures="preparing")
         bar.update(task, completed=run.resume())
 
-        def tell(point: Point | None, accuracy: dict[str, float]) -> None:
+        def tell(point: Point | None, tested: dict[str, float]) -> None:
             nonlocal said
             if point is None:
-                place, text = "tested", _tested(accuracy)
+                place, text = "tested", _tested(run, tested)
                 bar.update(task, figures=text)
             else:
                 place = f"step {point.step}/{steps}, {duration(run.train_seconds)}"
-                text = f"loss {point.loss:.4f}  accuracy {percent(point.accuracy)}%"
+                text = f"loss {point.loss:.4f}  {metric.name} {metric.text(point.figure)}"
                 bar.update(task, completed=point.step, figures=text)
             if not console.is_terminal and (point is None or time.monotonic() - said > _INTERVAL):
                 said = time.monotonic()
@@ -167,26 +174,31 @@ def _work(run: Run, stop: Stop, ends: float | None, console: Console) -> bool:
         return run.go_on(lambda: stop() or (ends is not None and time.monotonic() > ends), tell)
 
 
-def _tested(accuracy: dict[str, float]) -> str:
-    length, share = list(accuracy.items())[-1]
-    return f"{percent(share)}% at length {int(length):,}"
+def _tested(run: Run, figures: dict[str, float]) -> str:
+    key, figure = list(figures.items())[-1]
+    task = run.settings.task
+    return f"{task.metric.text(figure)} at {task.axis} {int(key):,}"
 
 
 def _list(options: Options) -> Table:
-    table = Table("experiment", "", "systems", "cost", "measured", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("experiment", min_width=28, max_width=42)
+    table.add_column("scale", no_wrap=True)
+    table.add_column("cost", min_width=20)
+    table.add_column("systems measured", min_width=20)
     for name in _names(options.experiments):
         values = read_toml(options.experiments / f"{name}.toml")
         results = read_results(options.results, name)
         for scale in SCALES:
             settings = read_settings(name, values, scale)
-            done = [result.system for result in results if result.scale == scale]
+            done = dict.fromkeys(result.system for result in results if result.scale == scale)
             first = scale == SCALES[0]
             table.add_row(
-                name.replace("_", "-") if first else "",
-                f"{settings.title} " if first else "",
-                ", ".join(settings.systems) if first else "",
-                f"{scale}: {settings.cost}",
-                ", ".join(dict.fromkeys(done)) or "-",
+                f"[bold]{name.replace('_', '-')}[/]" if first else escape(settings.title),
+                scale,
+                escape(settings.cost),
+                f"{len(done)} of {len(settings.systems)}{': ' if done else ''}{escape(', '.join(done))}",
+                end_section=not first,
             )
     return table
 
@@ -194,7 +206,7 @@ def _list(options: Options) -> Table:
 def _table(settings: Settings, results: list[Result], published: Published | None) -> Table:
     source = "" if published is None else f"in brackets: {published.source}"
     table = Table(
-        title=escape(f"{settings.title}, scale: {settings.scale}, accuracy in percent"),
+        title=escape(f"{settings.title}, scale: {settings.scale}. {metric_words(settings.task.metric)}"),
         title_justify="left",
         caption=escape(source),
         caption_justify="left",
@@ -202,16 +214,11 @@ def _table(settings: Settings, results: list[Result], published: Published | Non
         pad_edge=False,
     )
     own = [result for result in results if result.scale == settings.scale]
-    table.add_column("length", justify="right")
+    table.add_column(settings.task.axis, justify="right")
     for result in own:
         table.add_column(escape(result.label), justify="right")
-    for length in sorted({int(length) for result in own for length in result.accuracy}):
-        cells = []
-        for result in own:
-            ours = result.accuracy.get(str(length))
-            theirs = None if published is None else published.of(result.system, length)
-            cells.append(("-" if ours is None else percent(ours)) + ("" if theirs is None else f" ({theirs:g})"))
-        table.add_row(f"{length:,}", *cells)
+    for key in sorted({int(key) for result in own for key in result.figures}):
+        table.add_row(f"{key:,}", *(figure_cell(result, key, published) for result in own))
     return table
 
 

@@ -15,7 +15,7 @@ class Published:
 
     Args:
         source: paper, table or figure.
-        figures: system -> length -> accuracy in percent.
+        figures: system -> length, or another key of the task's figures -> figure as it is shown, such as percent.
         note: what one has to know to read it.
     """
 
@@ -23,9 +23,9 @@ class Published:
     figures: Mapping[str, Mapping[int, float]]
     note: str = ""
 
-    def of(self, system: str, length: int) -> float | None:
-        """The figure of a system at a length, if there is one."""
-        return self.figures.get(system, {}).get(length)
+    def of(self, system: str, key: int) -> float | None:
+        """The figure of a system, if there is one."""
+        return self.figures.get(system, {}).get(key)
 
 
 def beside(published: Mapping[str, Published], name: str, scale: str) -> Published | None:
@@ -49,6 +49,6 @@ def read_published(values: Mapping[str, Any], where: str) -> dict[str, Published
             tables[name] = Published(str(table["source"]), figures, str(table.get("note", "")))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(
-                f"{where}: table {name!r} must have a source and figures of the form system.length = percent; {error!r}"
+                f"{where}: table {name!r} must have a source and figures of the form system.length = figure; {error!r}"
             ) from error
     return tables

@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping
 
 from longscan.experiments.published import Published, beside
 from longscan.experiments.results import Result
+from longscan.tasks.task import Metric
 
 _HEAD = """# Results
 
-Written by `longscan reproduce --report` from the files in `results/`; do not edit. Accuracies are in percent, ours
-first, the published figure in brackets behind it. *paper* is the published setting, *here* the one scaled down for two
-CPU cores. Each section names the command that makes it.
+Written by `longscan reproduce --report` from the files in `results/`; do not edit. Our figures come first, published
+ones in brackets behind them. *paper* is the published setting, *here* the one scaled down for two CPU cores. Each
+section names the command that makes it.
 """
 
 
@@ -28,18 +29,19 @@ def results_page(results: Iterable[Result], published: Mapping[str, Published]) 
 
 def _section(results: list[Result], scale: str, published: Published | None) -> str:
     first = results[0]
-    lengths = sorted({int(length) for result in results for length in result.accuracy})
+    keys = sorted({int(key) for result in results for key in result.figures})
     task = ", ".join(f"{key} {value}" for key, value in first.task.items() if key != "name")
     command = f"longscan reproduce {first.experiment.replace('_', '-')} --scale {scale}"
     lines = [
         f"## {first.title}, scale: {scale}",
         "",
-        f"`{command}`. Task: {task}; {first.sequences:,} test sequences per length.",
+        f"`{command}`. Task: {task}. {metric_words(first.metric)} by {first.axis}; "
+        f"{first.sequences:,} test sequences each.",
     ]
     if published is not None:
         lines += ["", f"Published: {published.source}.{' ' + published.note if published.note else ''}"]
-    lines += ["", _row(["system", *(f"{length:,}" for length in lengths)]), _row(["---", *["---:"] * len(lengths)])]
-    lines += [_row([_name(result), *(_cell(result, length, published) for length in lengths)]) for result in results]
+    lines += ["", _row(["system", *(f"{key:,}" for key in keys)]), _row(["---", *["---:"] * len(keys)])]
+    lines += [_row([_name(result), *(figure_cell(result, key, published) for key in keys)]) for result in results]
     lines += ["", _row(["system", "parameters", "steps", "ms a step", "training", "test", "on"])]
     lines += [_row(["---", *["---:"] * 5, "---"])]
     lines += [_row(_cost(result)) for result in results]
@@ -50,10 +52,17 @@ def _name(result: Result) -> str:
     return result.label if result.seed == 0 else f"{result.label} (seed {result.seed})"
 
 
-def _cell(result: Result, length: int, published: Published | None) -> str:
-    ours = result.accuracy.get(str(length))
-    theirs = published.of(result.system, length) if published is not None else None
-    shown = "-" if ours is None else percent(ours)
+def metric_words(metric: Metric) -> str:
+    """What a table's figures are."""
+    unit = {"%": ", in percent", "": ""}.get(metric.unit, f", {metric.unit}")
+    return f"{metric.name[0].upper()}{metric.name[1:]}{unit}{'' if metric.higher_is_better else ' (lower is better)'}"
+
+
+def figure_cell(result: Result, key: int, published: Published | None) -> str:
+    """Our figure, and the published one in brackets."""
+    ours = result.figures.get(str(key))
+    theirs = published.of(result.system, key) if published is not None else None
+    shown = "-" if ours is None else result.metric.number(ours)
     return shown if theirs is None else f"{shown} ({theirs:g})"
 
 
@@ -71,12 +80,6 @@ def _cost(result: Result) -> list[str]:
 
 def _row(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-def percent(share: float) -> str:
-    """A share as percent, 100 only if it is all."""
-    text = f"{100 * share:.1f}"
-    return "99.9+" if text == "100.0" and share < 1 else text
 
 
 def duration(seconds: float) -> str:

@@ -10,9 +10,10 @@ from typing import Any
 
 from longscan.errors import StorageError
 from longscan.nn.storage import write_text
+from longscan.tasks.task import ACCURACY, Metric
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
     """A trained and tested system.
 
@@ -23,9 +24,11 @@ class Result:
         published: name of the table of published figures.
         parameters: of the model.
         steps: done.
-        accuracy: by length (text, as JSON has it), from 0 to 1.
-        sequences: tested with at each length.
-        curve: of training, rows of step, loss in nats, accuracy on fresh batches.
+        metric: what the figures are of.
+        figures: by length (text, as JSON has it), or by another key of the task; accuracies from 0 to 1.
+        axis: what the keys are.
+        sequences: tested with at each.
+        curve: of training, rows of step, loss, figure on each batch before it was learnt.
         train_seconds, test_seconds: wall time, over all pieces.
         device: the GPU's name, or the processor's.
         machine, versions, commit: where it was measured (:mod:`longscan.diagnostics`).
@@ -43,7 +46,9 @@ class Result:
     published: str
     parameters: int
     steps: int
-    accuracy: Mapping[str, float]
+    metric: Metric = ACCURACY
+    figures: Mapping[str, float]
+    axis: str = "length"
     sequences: int
     curve: list[list[float]]
     train_seconds: float
@@ -74,7 +79,11 @@ def read_results(folder: Path, experiment: str | None = None) -> list[Result]:
     for path in sorted(folder.glob(f"{experiment or '*'}/*-seed*.json")):
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
+            if "accuracy" in values:  # from before there were other metrics
+                values["figures"] = values.pop("accuracy")
+            if "metric" in values:
+                values["metric"] = Metric(**values["metric"])
             found.append(Result(**{key: value for key, value in values.items() if key in names}))
-        except (OSError, TypeError, ValueError) as error:
+        except (AttributeError, OSError, TypeError, ValueError) as error:
             raise StorageError(f"{path} is no result of `longscan reproduce`: {error}") from error
     return found

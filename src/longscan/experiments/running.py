@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +13,11 @@ import torch
 
 from longscan import diagnostics
 from longscan.errors import CheckpointError
-from longscan.evaluation.synthetic import accuracy
+from longscan.evaluation.tasks import evaluate_task
 from longscan.experiments.results import Result
 from longscan.experiments.settings import Settings, System
 from longscan.tasks.task import Recipe
-from longscan.training.synthetic import Point, SyntheticTrainer, task_model
+from longscan.training.tasks import Point, TaskTrainer, task_model
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -39,9 +40,9 @@ class Run:
         self.path = folder / settings.name / f"{system.name}-{settings.scale}-seed{seed}" / CHECKPOINT
         self.model = task_model(settings.task, system.mixer, system.recipe, seed=seed, device=device)
         self.curve: list[list[float]] = []
-        self.accuracy: dict[str, float] = {}
+        self.figures: dict[str, float] = {}
         self.train_seconds = self.test_seconds = 0.0
-        self._trainer: SyntheticTrainer | None = None
+        self._trainer: TaskTrainer | None = None
         self._saved = time.monotonic()
         # Some two hundred points on the curve, and on a GPU never a wait for a few small steps.
         self._stretch = max(1, min(500, system.recipe.steps // 200))
@@ -51,8 +52,9 @@ class Run:
         """Whether all steps are done, or enough was learnt."""
         if not self.curve:
             return False
+        step, _, figure = self.curve[-1]
         until = self.settings.until
-        return self.curve[-1][0] >= self.system.recipe.steps or bool(until and self.curve[-1][2] >= until)
+        return step >= self.system.recipe.steps or bool(until and self.settings.task.metric.reaches(figure, until))
 
     def resume(self) -> int:
         """Go on from the checkpoint, if there is one; gives the steps done.
@@ -62,18 +64,17 @@ class Run:
         """
         begin = time.monotonic()
         recipe = self.system.recipe
-        self._trainer = SyntheticTrainer(self.settings.task, self.model, recipe, seed=self.seed, device=self.device)
+        self._trainer = TaskTrainer(self.settings.task, self.model, recipe, seed=self.seed, device=self.device)
         if self.path.exists():
             about = self._trainer.load(self.path)
+            found, wanted = about["settings"], self._description()
             # What the version that wrote it did not know is at its default.
-            about["settings"]["recipe"] = dataclasses.asdict(Recipe()) | about["settings"]["recipe"]
-            del about["settings"]["recipe"]["steps"]
-            if about["settings"] != self._description():
+            found["recipe"] = _plain_recipe(Recipe()) | found["recipe"]
+            if found != wanted:
                 raise CheckpointError(
-                    f"{self.path} was made with other settings: {about['settings']}; here {self._description()}. "
-                    "Remove it to start afresh"
+                    f"{self.path} was made with other settings: {found}; here {wanted}. Remove it to start afresh"
                 )
-            self.curve, self.accuracy = about["curve"], about["accuracy"]
+            self.curve, self.figures = about["curve"], about["figures"] if "figures" in about else about["accuracy"]
             self.train_seconds, self.test_seconds = about["train_seconds"], about["test_seconds"]
         self.train_seconds += time.monotonic() - begin
         return self._trainer.steps_done
@@ -83,7 +84,7 @@ class Run:
 
         Args:
             should_stop: asked between stretches of training and between lengths.
-            tell: called after each with the newest point of the curve (None while testing) and the accuracies so far.
+            tell: called after each with the newest point of the curve (None while testing) and the figures so far.
         """
         trainer = self._trainer
         assert trainer is not None, "resume() comes first"
@@ -91,8 +92,8 @@ class Run:
             begin = time.monotonic()
             point = trainer.advance(min(self._stretch, self.system.recipe.steps - trainer.steps_done))
             self.train_seconds += time.monotonic() - begin
-            self.curve.append([point.step, point.loss, point.accuracy])
-            tell(point, self.accuracy)
+            self.curve.append([point.step, point.loss, point.figure])
+            tell(point, self.figures)
             if should_stop():
                 self._save()
                 return False
@@ -102,24 +103,29 @@ class Run:
         return self._test(should_stop, tell)
 
     def _test(self, should_stop: Callable[[], bool], tell: Callable[[Point | None, dict[str, float]], Any]) -> bool:
-        left = [length for length in self.settings.lengths_of(self.system) if str(length) not in self.accuracy]
+        left = [length for length in self.settings.lengths_of(self.system) if str(length) not in self.figures]
         for index, length in enumerate(left):
             # After the first: however short the pieces are, each gets on.
             if index and should_stop():
                 return False
             begin = time.monotonic()
-            self.accuracy[str(length)] = accuracy(
+            self.figures[str(length)] = evaluate_task(
                 self.model, self.settings.task, length=length, sequences=self.settings.sequences, seed=self.seed
             )
             self.test_seconds += time.monotonic() - begin
-            tell(None, self.accuracy)
+            tell(None, self.figures)
             self._save()
         return True
 
     def _description(self) -> dict[str, Any]:
-        recipe = dataclasses.asdict(self.system.recipe)
-        del recipe["steps"]  # a training that is to be longer goes on
-        return {"task": self._task(), "mixer": _plain(self.system.mixer), "recipe": recipe, "seed": self.seed}
+        """What a checkpoint has to agree with, as JSON gives it back."""
+        values = {
+            "task": self._task(),
+            "mixer": self.system.mixer,
+            "recipe": _plain_recipe(self.system.recipe),
+            "seed": self.seed,
+        }
+        return dict(json.loads(json.dumps(values)))
 
     def _task(self) -> dict[str, Any]:
         return {"name": self.settings.task.name, **dataclasses.asdict(self.settings.task)}
@@ -129,7 +135,7 @@ class Run:
         about = {
             "settings": self._description(),
             "curve": self.curve,
-            "accuracy": self.accuracy,
+            "figures": self.figures,
             "train_seconds": self.train_seconds,
             "test_seconds": self.test_seconds,
         }
@@ -154,8 +160,10 @@ class Run:
             published=settings.published,
             parameters=self.model.num_parameters(),
             steps=int(self.curve[-1][0]),
-            accuracy=self.accuracy,
-            sequences=settings.sequences,
+            metric=settings.task.metric,
+            figures=self.figures,
+            axis=settings.task.axis,
+            sequences=settings.task.held_out or settings.sequences,
             curve=self.curve,
             train_seconds=round(self.train_seconds, 1),
             test_seconds=round(self.test_seconds, 1),
@@ -168,3 +176,11 @@ class Run:
 
 def _plain(mixer: str | tuple[str, ...]) -> str | list[str]:
     return mixer if isinstance(mixer, str) else list(mixer)
+
+
+def _plain_recipe(recipe: Recipe) -> dict[str, Any]:
+    """What of a recipe must not change between pieces: where the rate does not fall, a training may become longer."""
+    values = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    if recipe.schedule == "constant":
+        del values["steps"]
+    return dict(values)

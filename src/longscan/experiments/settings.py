@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from longscan.errors import ArgumentError, ConfigError
-from longscan.tasks.synthetic import TASKS
+from longscan.tasks.registry import TASKS
 from longscan.tasks.task import Recipe, Task
 
 #: As published; and scaled down so that two CPU cores do it in minutes.
@@ -28,7 +28,7 @@ class System:
         label: in tables.
         mixer: of every layer, or several names that the layers cycle over.
         recipe: model and training.
-        longest: length beyond which it is not tested (its memory or time grows too fast); None: any.
+        longest: length (or key) beyond which it is not tested (its memory or time grows too fast); None: any.
     """
 
     name: str
@@ -48,9 +48,9 @@ class Settings:
         cost: what it takes, in words.
         task: trained on.
         published: name of the table of published figures.
-        lengths: to test at.
-        sequences: to test with, at each length.
-        until: end training early once the accuracy, over a stretch of fresh batches, is this; 0: never.
+        lengths: to test at, or other keys of the task's figures.
+        sequences: to test with, at each length, where there is no end to them.
+        until: end training early once the figure, over a stretch of batches, is as good as this; 0: never.
         systems: by name.
     """
 
@@ -70,11 +70,16 @@ class Settings:
         return [length for length in self.lengths if system.longest is None or length <= system.longest]
 
 
-def read_settings(name: str, values: Mapping[str, Any], scale: str) -> Settings:
+def read_settings(name: str, values: Mapping[str, Any], scale: str, *, data: str | None = None) -> Settings:
     """An experiment at a scale, from the content of its file.
 
     Recipes are put together from the task's own, the scale's, the system's, and the system's at this scale; the later
     ones win.
+
+    Args:
+        name, values: of the experiment.
+        scale: one of :data:`SCALES`.
+        data: instead of the task's own option of that name: where its data are.
 
     Raises:
         ConfigError: a key is unknown or missing, or a value is not allowed.
@@ -90,7 +95,7 @@ def read_settings(name: str, values: Mapping[str, Any], scale: str) -> Settings:
     _check(at, _SCALE, f"{where}, [{scale}]")
     kind = TASKS[values["task"]]
     try:
-        task = kind(**at.get("task", {}))
+        task = kind(**{**at.get("task", {}), **({} if data is None else {"data": data})})
     except (ArgumentError, TypeError) as error:
         raise ConfigError(f"{where}, [{scale}.task]: {error}") from error
     recipe = _changed(kind.recipe, at.get("recipe", {}), f"{where}, [{scale}.recipe]")

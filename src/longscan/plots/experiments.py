@@ -1,4 +1,4 @@
-"""The figure of an experiment: accuracy by length where there are several, and the curves of training."""
+"""The figure of an experiment: figures by length where there are several, and the curves of training."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from longscan.experiments.published import Published, beside
 from longscan.experiments.results import Result
 from longscan.nn.storage import write_atomically
+from longscan.tasks.task import Metric
 
 _COLOURS = ("#1f6fb4", "#d9822b", "#7d5ba6", "#3a9a5b", "#c2405a", "#6b7683", "#b59a2b", "#2fa3a8", "#8c564b")
 
@@ -38,7 +39,7 @@ def _figure(results: Sequence[Result], published: Published | None) -> Any:
     from matplotlib.figure import Figure
 
     first = results[0]
-    several = len({length for result in results for length in result.accuracy}) > 1
+    several = len({length for result in results for length in result.figures}) > 1
     figure = Figure(figsize=(11 if several else 6.5, 4.4), layout="constrained")
     panels = figure.subplots(1, 2 if several else 1, squeeze=False)[0]
     colours = {result.system: _COLOURS[index % len(_COLOURS)] for index, result in enumerate(results)}
@@ -51,27 +52,38 @@ def _figure(results: Sequence[Result], published: Published | None) -> Any:
 
 def _lengths(panel: Any, results: Sequence[Result], published: Published | None, colours: dict[str, str]) -> None:
     for result in results:
-        points = sorted((int(length), 100 * share) for length, share in result.accuracy.items())
+        points = sorted((int(key), result.metric.factor * figure) for key, figure in result.figures.items())
         panel.plot(*zip(*points, strict=True), "o-", color=colours[result.system], label=result.label, markersize=3.5)
         theirs = sorted(published.figures.get(result.system, {}).items()) if published is not None else []
         if len(theirs) > 1:
             panel.plot(*zip(*theirs, strict=True), "--", color=colours[result.system], alpha=0.45, linewidth=1.2)
-    panel.axvline(results[0].task["length"], color="0.7", linewidth=0.8)
-    panel.set_xscale("log", base=2)
-    panel.set_ylim(-2, 103)
-    panel.set_xlabel("length of the test (line: trained at; dashed: published)")
-    panel.set_ylabel("accuracy, %")
-    panel.grid(alpha=0.25)
-    panel.legend(fontsize=7, frameon=False)
+    told = []
+    if results[0].axis == "length":
+        panel.axvline(results[0].task["length"], color="0.7", linewidth=0.8)
+        told.append("line: trained at")
+    if published is not None:
+        told.append("dashed: published")
+    if all(int(key) > 0 for result in results for key in result.figures):
+        panel.set_xscale("log", base=2)
+    panel.set_xlabel(f"{results[0].axis} of the test" + (f" ({'; '.join(told)})" if told else ""))
+    _figures(panel, results[0].metric, "")
 
 
 def _training(panel: Any, results: Sequence[Result], colours: dict[str, str]) -> None:
     for result in results:
-        steps, _, shares = zip(*result.curve, strict=True)
-        shown = [100 * share for share in shares]
+        steps, _, figures = zip(*result.curve, strict=True)
+        shown = [result.metric.factor * figure for figure in figures]
         panel.plot(steps, shown, color=colours[result.system], label=result.label, linewidth=1.2)
     panel.set_xlabel("step of training")
-    panel.set_ylabel("accuracy on fresh batches, %")
-    panel.set_ylim(-2, 103)
+    _figures(panel, results[0].metric, " on each batch before it was learnt")
+
+
+def _figures(panel: Any, metric: Metric, of: str) -> None:
+    """The axis of the figures, and a legend."""
+    panel.set_ylabel(f"{metric.name}{of}{f', {metric.unit}' if metric.unit else ''}")
+    if metric.higher_is_better and metric.unit == "%":
+        panel.set_ylim(-2, 103)
+    elif not metric.higher_is_better:
+        panel.set_yscale("log")
     panel.grid(alpha=0.25)
     panel.legend(fontsize=7, frameon=False)

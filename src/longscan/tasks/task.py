@@ -1,10 +1,11 @@
-"""What a synthetic task is: data drawn on the device, where the answers stand, how they are judged, and a recipe."""
+"""What a task is: sequences drawn on the device, what is asked of them, how it is judged, and a recipe."""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,15 +19,71 @@ IGNORED = -100
 
 
 @dataclasses.dataclass(frozen=True)
+class Metric:
+    """What a task is judged by.
+
+    Args:
+        name: such as "accuracy".
+        unit: that figures are shown in.
+        higher_is_better: whether.
+        factor: from a figure to what is shown (100 for percent); published figures are as shown.
+        digits: shown behind the point.
+        root: whether the figure is the root of the mean.
+    """
+
+    name: str
+    unit: str = ""
+    higher_is_better: bool = True
+    factor: float = 1.0
+    digits: int = 3
+    root: bool = False
+
+    def score(self, sum: float, count: float) -> float:
+        """The figure, from the two sums that :meth:`Task.judge` gives."""
+        mean = sum / count
+        return math.sqrt(mean) if self.root else mean
+
+    def reaches(self, figure: float, bound: float) -> bool:
+        """Whether a figure is as good as another."""
+        return figure >= bound if self.higher_is_better else figure <= bound
+
+    def number(self, figure: float) -> str:
+        """A figure as shown, without its unit; the best share of all only if it is that."""
+        text = f"{self.factor * figure:.{self.digits}f}"
+        all_of_it = f"{100:.{self.digits}f}"
+        if self.higher_is_better and self.unit == "%" and text == all_of_it and figure < 1:
+            return f"{100 - 10**-self.digits:.{self.digits}f}+"
+        return text
+
+    def text(self, figure: float) -> str:
+        """A figure with its unit."""
+        return self.number(figure) + (self.unit if self.unit == "%" else f" {self.unit}".rstrip())
+
+
+#: The share of right answers.
+ACCURACY = Metric("accuracy", "%", factor=100, digits=1)
+#: Root mean square error over the root mean square of what was asked for.
+NRMSE = Metric("NRMSE", "%", higher_is_better=False, factor=100, digits=2, root=True)
+#: Of predictions, over the bytes that they are of.
+BITS_PER_BYTE = Metric("bits per byte", higher_is_better=False)
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """A small model and how it is trained.
 
     Args:
         d_model, n_layer, d_intermediate, mixer_options, block, block_options: of the model, see
-            :class:`longscan.LanguageModelConfig`.
-        steps, batch_size: of training; every batch is drawn afresh.
-        learning_rate: constant, after ``warmup`` steps of linear rise.
+            :class:`longscan.LanguageModelConfig` and :class:`longscan.models.ClassifierConfig`.
+        model: "auto", what the task needs; or "sashimi" for a task over tokens that is asked at its last places.
+        model_options: further arguments of the model's configuration, such as ``{"pooling": "last"}``.
+        steps, batch_size: of training.
+        learning_rate: the highest, after ``warmup`` steps of linear rise.
+        schedule: "constant"; or "cosine" or "linear", down to ``floor`` of it at the last step.
+        dynamics_rate: highest learning rate of what mixers keep in float32 whatever their weights are (A, B, dt, D of
+            state spaces); 0: as for the rest.
         weight_decay: of AdamW, on matrices.
+        betas: of AdamW.
         clip: largest norm of the gradient; 0 leaves it as it is.
         precision: "float32", or "bfloat16" (autocast).
     """
@@ -37,20 +94,27 @@ class Recipe:
     mixer_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     block: str = "plain"
     block_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    model: Literal["auto", "sashimi"] = "auto"
+    model_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     steps: int = 1000
     batch_size: int = 32
     learning_rate: float = 1e-3
+    dynamics_rate: float = 0.0
     weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
     warmup: int = 0
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    floor: float = 0.0
     clip: float = 1.0
     precision: Literal["float32", "bfloat16"] = "float32"
 
 
 @dataclasses.dataclass(frozen=True)
 class Task(abc.ABC):
-    """A task over token sequences, with endless data and answers at the last places.
+    """A task over sequences.
 
-    A model reads ``tokens`` (batch, places) and is asked at the last ``answers(length)`` of them.
+    A model reads ``inputs`` and gives scores: at the last ``answers(length)`` places, one row for the whole sequence,
+    or a row at every place, as :attr:`readout` says.
 
     Args:
         length: what the task calls its length; see :meth:`sample`.
@@ -61,6 +125,13 @@ class Task(abc.ABC):
     name: ClassVar[str]
     #: The recipe at the scale of the paper that the task is from.
     recipe: ClassVar[Recipe]
+    #: Tokens (batch, places) int64, or values (batch, places, channels) float32.
+    inputs: ClassVar[Literal["tokens", "values"]] = "tokens"
+    #: Where scores are asked: at the last places, of the pooled sequence, or at every place.
+    readout: ClassVar[Literal["last", "pooled", "every"]] = "last"
+    metric: ClassVar[Metric] = ACCURACY
+    #: What the keys of figures are: lengths, or what :meth:`tests` takes for one.
+    axis: ClassVar[str] = "length"
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -69,17 +140,42 @@ class Task(abc.ABC):
                 raise ArgumentError(f"{self.name}: {field.name} must be an integer of at least 1, got {value!r}")
 
     @property
-    @abc.abstractmethod
     def vocabulary(self) -> int:
-        """Number of tokens; tokens and targets are ``0 .. vocabulary - 1``."""
+        """Number of tokens; tokens are ``0 .. vocabulary - 1``."""
+        raise NotImplementedError(f"{self.name} has no tokens")
 
-    @abc.abstractmethod
+    @property
+    def channels(self) -> int:
+        """Number of values at a place."""
+        raise NotImplementedError(f"{self.name} has no values")
+
+    @property
+    def outputs(self) -> int:
+        """Width of the scores: classes, or numbers asked for."""
+        return self.vocabulary
+
+    @property
+    def image_shape(self) -> tuple[int, ...] | None:
+        """(height, width), if a sequence of this length is an image's rows."""
+        return None
+
+    @property
+    def held_out(self) -> int | None:
+        """How many sequences :meth:`tests` gives, if there is an end to them."""
+        return None
+
     def answers(self, length: int | None = None) -> int:
-        """At how many of the last places answers may be asked."""
+        """With readout "last": at how many of the last places answers may be asked."""
+        raise NotImplementedError(f"{self.name} does not ask at its last places")
+
+    @property
+    @abc.abstractmethod
+    def chance(self) -> float:
+        """The figure of guessing."""
 
     @abc.abstractmethod
     def sample(self, batch: int, generator: torch.Generator, length: int | None = None) -> tuple[Tensor, Tensor]:
-        """Draw sequences.
+        """Draw sequences to train on.
 
         All on the generator's device, without waiting for it: the call can be captured in a CUDA graph that knows the
         generator.
@@ -90,22 +186,57 @@ class Task(abc.ABC):
             length: instead of the task's own.
 
         Returns:
-            tokens (batch, places) int64 and targets (batch, answers) int64, ``IGNORED`` where nothing is asked.
+            inputs, and targets: int64 classes (batch, answers) or, pooled, (batch,), ``IGNORED`` where nothing is
+            asked; for a regression, float32 values like the scores, NaN where nothing is.
         """
 
-    @property
-    @abc.abstractmethod
-    def chance(self) -> float:
-        """The accuracy of guessing."""
+    def to(self, device: torch.device) -> None:  # noqa: B027 (most tasks have nothing to do)
+        """Bring what is drawn from to a device, before the first draw there."""
+
+    def tests(
+        self, length: int, sequences: int, batch: int, device: torch.device, seed: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches to test on: as :meth:`sample` gives them, from draws that no training saw.
+
+        Args:
+            length: of the sequences, or another key of the task's figures.
+            sequences: at least so many, if there is no end to them; a finite set gives all of its held-out part.
+            batch: sequences at once.
+            device: of the tensors.
+            seed: of the draws.
+        """
+        generator = torch.Generator(device).manual_seed(seed + (1 << 32))
+        for _ in range(-(-sequences // batch)):
+            yield self.sample(batch, generator, length)
+
+    def lengths(self, inputs: Tensor) -> Tensor | None:
+        """(batch,) places of each that count, from the first; None: all. For readouts that are not "last"."""
+        return None
 
     def loss(self, scores: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats of scores (batch, answers, vocabulary) over the answers that count."""
-        return F.cross_entropy(scores.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+        """What training lowers: the mean, over all that is asked, of the cross-entropy in nats of scores (...,
+        outputs), or of the squared error where targets are values."""
+        if targets.is_floating_point():
+            errors, _, asked = _errors(scores, targets)
+            return errors.sum() / asked.sum()
+        return F.cross_entropy(scores.float().flatten(0, -2), targets.flatten(), ignore_index=IGNORED)
 
     def judge(self, scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """How many answers are right, and how many there are; both scalars on the device."""
+        """Two sums whose quotient the metric is of, scalars on the device: right answers and answers; or, where targets
+        are values, squared errors and squared targets."""
+        if targets.is_floating_point():
+            errors, squares, _ = _errors(scores, targets)
+            return errors.sum(), squares.sum()
         asked = targets != IGNORED
         return ((scores.argmax(-1) == targets) & asked).sum(), asked.sum()
+
+
+def _errors(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Squared errors and squared targets, 0 where a target is NaN, and where it is not."""
+    asked = ~targets.isnan()
+    # NaN times 0 is no 0: it must not reach the gradient.
+    targets = targets.where(asked, 0)
+    return (scores.float().where(asked, 0) - targets).square(), targets.square(), asked
 
 
 def uniform(low: int, high: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

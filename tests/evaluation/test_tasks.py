@@ -1,17 +1,17 @@
-"""Accuracy on synthetic tasks: in chunks as in one piece."""
+"""Figures of tasks: in chunks as in one piece."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from longscan.evaluation import synthetic
+from longscan.evaluation import tasks
 from longscan.evaluation.selection import step_sizes
 from longscan.tasks.associative_recall import MultiQueryAssociativeRecall
 from longscan.tasks.induction_heads import InductionHeads
 from longscan.tasks.selective_copying import SelectiveCopying
 from longscan.tasks.task import Recipe, Task
-from longscan.training.synthetic import task_model
+from longscan.training.tasks import task_model
 
 CPU = torch.device("cpu")
 RECIPE = Recipe(d_model=16, n_layer=1)
@@ -27,24 +27,24 @@ def test_chunks_give_the_scores_of_the_whole(task: Task, mixer: str) -> None:
     model = task_model(task, mixer, RECIPE, seed=0, device=CPU)
     tokens, _ = task.sample(3, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        whole = synthetic.last_scores(model, tokens, task.answers(), None)
+        whole = tasks.last_scores(model, tokens, task.answers(), None)
         for chunk in (1, 5, tokens.shape[1]):
-            cut = synthetic.last_scores(model, tokens, task.answers(), chunk)
+            cut = tasks.last_scores(model, tokens, task.answers(), chunk)
             assert torch.allclose(cut, whole, atol=1e-5)
 
 
 def test_an_untrained_model_guesses_and_long_sequences_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     task = InductionHeads(length=32)
     model = task_model(task, "mamba", RECIPE, seed=0, device=CPU)
-    whole = synthetic.accuracy(model, task, length=64, sequences=200, seed=3)
+    whole = tasks.evaluate_task(model, task, length=64, sequences=200, seed=3)
     assert 0 <= whole < 0.3
-    monkeypatch.setattr(synthetic, "_WHOLE", 63)
-    monkeypatch.setitem(synthetic._DRAWN, "cpu", synthetic._CHUNK["cpu"])
+    monkeypatch.setattr(tasks, "_WHOLE", 63)
+    monkeypatch.setitem(tasks._DRAWN, "cpu", tasks._CHUNK["cpu"])
     calls = []
-    monkeypatch.setitem(synthetic._CHUNK, "cpu", 2048)
-    original = synthetic.last_scores
-    monkeypatch.setattr(synthetic, "last_scores", lambda *a: calls.append(a[-1]) or original(*a))
-    assert synthetic.accuracy(model, task, length=64, sequences=200, seed=3) == whole
+    monkeypatch.setitem(tasks._CHUNK, "cpu", 2048)
+    original = tasks.last_scores
+    monkeypatch.setattr(tasks, "last_scores", lambda *a: calls.append(a[-1]) or original(*a))
+    assert tasks.evaluate_task(model, task, length=64, sequences=200, seed=3) == whole
     assert calls == [10]
 
 

@@ -1,4 +1,4 @@
-"""Training on synthetic tasks: it learns, goes on where it stopped, and a captured step is the step."""
+"""Training on tasks: it learns, goes on where it stopped, and a captured step is the step."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 
 from longscan.errors import CheckpointError, TrainingError
 from longscan.tasks.induction_heads import InductionHeads
+from longscan.tasks.registry import SYNTHETIC
 from longscan.tasks.selective_copying import SelectiveCopying
-from longscan.tasks.synthetic import TASKS
 from longscan.tasks.task import Recipe, Task
-from longscan.training.synthetic import Point, SyntheticTrainer, answer_scores, task_model
+from longscan.training.tasks import Point, TaskTrainer, task_model, task_scores
 
 TASK = InductionHeads(length=16, vocab=6)
 RECIPE = Recipe(d_model=16, steps=40, batch_size=8, learning_rate=1e-2, warmup=10, weight_decay=0.1)
 
 
-def trainer(task: Task = TASK, recipe: Recipe = RECIPE, device: str = "cpu", capture: bool = True) -> SyntheticTrainer:
+def trainer(task: Task = TASK, recipe: Recipe = RECIPE, device: str = "cpu", capture: bool = True) -> TaskTrainer:
     where = torch.device(device)
     model = task_model(task, "mamba", recipe, seed=1, device=where)
-    return SyntheticTrainer(task, model, recipe, seed=2, device=where, capture=capture)
+    return TaskTrainer(task, model, recipe, seed=2, device=where, capture=capture)
 
 
 def test_the_step_is_adamw_on_the_answers() -> None:
@@ -45,14 +45,14 @@ def test_the_step_is_adamw_on_the_answers() -> None:
         optimizer.step()
         point = ours.advance(1)
         assert point.loss == pytest.approx(loss.item(), rel=2e-4)
-        assert point.accuracy == (logits[:, -1].argmax(-1) == targets[:, 0]).float().mean().item()
+        assert point.figure == (logits[:, -1].argmax(-1) == targets[:, 0]).float().mean().item()
 
 
 def test_scores_are_those_of_the_last_places() -> None:
     task = SelectiveCopying(length=20, tokens=3)
     model = task_model(task, "mamba", RECIPE, seed=0, device=torch.device("cpu"))
     tokens, _ = task.sample(2, torch.Generator().manual_seed(0))
-    assert torch.allclose(answer_scores(model, task, tokens), model(tokens)[0][:, -3:], atol=1e-6)
+    assert torch.allclose(task_scores(model, task, tokens), model(tokens)[0][:, -3:], atol=1e-6)
 
 
 def test_resuming_gives_the_same_losses(tmp_path: Path) -> None:
@@ -80,9 +80,9 @@ def test_a_model_learns() -> None:
     task = SelectiveCopying(length=8, tokens=2, vocab=5)
     recipe = Recipe(d_model=32, n_layer=1, batch_size=32, learning_rate=1e-2)
     ours = trainer(task, recipe)
-    assert ours.advance(20).accuracy < 0.6
+    assert ours.advance(20).figure < 0.6
     points = [ours.advance(40) for _ in range(6)]
-    assert points[-1].accuracy > 0.9
+    assert points[-1].figure > 0.9
     assert points[-1].loss < points[0].loss
 
 
@@ -101,10 +101,10 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", SYNTHETIC)
 def test_a_captured_step_is_the_step(name: str) -> None:
     changes = {"mqar": {"length": 64, "pairs": 4, "vocab": 64}, "associative_recall": {}}.get(name, {"length": 64})
-    task = TASKS[name](**changes)
+    task = SYNTHETIC[name](**changes)
     captured, plain = trainer(task, device="cuda"), trainer(task, device="cuda", capture=False)
     points = [[run.advance(10) for _ in range(3)] for run in (captured, plain)]
     assert captured._graph is not None

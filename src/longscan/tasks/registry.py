@@ -1,0 +1,31 @@
+"""The tasks by name; a new one is a file and a line here."""
+
+from __future__ import annotations
+
+from longscan.tasks.associative_recall import AssociativeRecall, MultiQueryAssociativeRecall
+from longscan.tasks.copying import Copying
+from longscan.tasks.delay import Delay
+from longscan.tasks.digits import DigitsStandin, PermutedDigits, PermutedDigitsStandin, SequentialDigits
+from longscan.tasks.induction_heads import InductionHeads
+from longscan.tasks.selective_copying import SelectiveCopying
+from longscan.tasks.task import Task
+from longscan.tasks.trajectories import CharacterTrajectories, TrajectoriesStandin
+
+
+def _by_name(*kinds: type[Task]) -> dict[str, type[Task]]:
+    return {kind.name: kind for kind in kinds}
+
+
+#: Small tasks of tokens with answers at the last places, whose data have no end.
+SYNTHETIC = _by_name(SelectiveCopying, Copying, InductionHeads, AssociativeRecall, MultiQueryAssociativeRecall)
+
+#: Name in configurations -> class.
+TASKS = SYNTHETIC | _by_name(
+    SequentialDigits,
+    PermutedDigits,
+    DigitsStandin,
+    PermutedDigitsStandin,
+    Delay,
+    CharacterTrajectories,
+    TrajectoriesStandin,
+)
