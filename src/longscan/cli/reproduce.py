@@ -33,7 +33,7 @@ from longscan.experiments import (
     read_settings,
     results_page,
 )
-from longscan.experiments.report import duration, figure_cell, metric_words
+from longscan.experiments.report import best_cell, duration, figure_cell, metric_words
 from longscan.models import LanguageModel
 from longscan.nn.storage import write_text
 from longscan.plots.experiments import plot_experiment
@@ -217,8 +217,12 @@ def _table(settings: Settings, results: list[Result], published: Published | Non
     table.add_column(settings.task.axis, justify="right")
     for result in own:
         table.add_column(escape(result.label), justify="right")
+    bounded = any(result.best for result in own)
+    if bounded:
+        table.add_column("the best possible", justify="right")
     for key in sorted({int(key) for result in own for key in result.figures}):
-        table.add_row(f"{key:,}", *(figure_cell(result, key, published) for result in own))
+        cells = [figure_cell(result, key, published) for result in own]
+        table.add_row(f"{key:,}", *cells, *([best_cell(own, key)] if bounded else []))
     return table
 
 

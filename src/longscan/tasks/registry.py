@@ -6,6 +6,8 @@ from longscan.tasks.associative_recall import AssociativeRecall, MultiQueryAssoc
 from longscan.tasks.copying import Copying
 from longscan.tasks.delay import Delay
 from longscan.tasks.digits import DigitsStandin, PermutedDigits, PermutedDigitsStandin, SequentialDigits
+from longscan.tasks.dna import DNA, DNASpecies
+from longscan.tasks.dna_standin import DNASpeciesStandin, DNAStandin
 from longscan.tasks.induction_heads import InductionHeads
 from longscan.tasks.selective_copying import SelectiveCopying
 from longscan.tasks.task import Task
@@ -28,4 +30,8 @@ TASKS = SYNTHETIC | _by_name(
     Delay,
     CharacterTrajectories,
     TrajectoriesStandin,
+    DNA,
+    DNASpecies,
+    DNAStandin,
+    DNASpeciesStandin,
 )
