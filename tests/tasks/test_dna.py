@@ -195,3 +195,17 @@ def test_a_model_learns_something_but_not_more_than_there_is() -> None:
 def test_perplexity_is_of_the_mean() -> None:
     assert PERPLEXITY.score(3 * math.log(4), 3) == pytest.approx(4)
     assert PERPLEXITY.text(2.8621) == "2.862"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["standin", "species"])
+def test_windows_are_drawn_within_a_captured_step(genomes: list[str], kind: str) -> None:
+    device = torch.device("cuda")
+    task = DNAStandin(64, 2, 50) if kind == "standin" else DNASpecies(64, ",".join(genomes))
+    losses = []
+    for capture in (True, False):
+        model = task_model(task, "s4d", RECIPE, seed=0, device=device)
+        trainer = TaskTrainer(task, model, RECIPE, seed=1, device=device, capture=capture)
+        losses.append(trainer.advance(5).loss)
+        assert (trainer._graph is not None) == capture
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)

@@ -20,6 +20,7 @@ from rich.table import Table
 from longscan.cli.config import read_toml
 from longscan.cli.train import Stop
 from longscan.errors import ConfigError
+from longscan.evaluation.waveforms import continue_waveform
 from longscan.experiments import (
     SCALES,
     Published,
@@ -34,10 +35,11 @@ from longscan.experiments import (
     results_page,
 )
 from longscan.experiments.report import best_cell, duration, figure_cell, metric_words
-from longscan.models import LanguageModel
+from longscan.models import LanguageModel, Sashimi
 from longscan.nn.storage import write_text
 from longscan.plots.experiments import plot_experiment
 from longscan.plots.selection import plot_selection
+from longscan.tasks.audio import Waveforms
 from longscan.training.tasks import Point
 
 _PUBLISHED = "published.toml"
@@ -109,6 +111,9 @@ def run(options: Options, console: Console | None = None) -> int:
             if selects and isinstance(done.model, LanguageModel):
                 path = options.results / settings.name / f"selection-{settings.scale}.png"
                 console.print(f"written: {plot_selection(done.model, settings.task, path)}")
+            if isinstance(settings.task, Waveforms) and isinstance(done.model, Sashimi):
+                path = continue_waveform(done.model, settings.task, done.path.with_name("sample.wav"), options.seed)
+                console.print(f"written: {path}")
     results = read_results(options.results, settings.name)
     console.print(_table(settings, results, beside(published, settings.published, settings.scale)))
     for path in plot_experiment(results, published, options.results):

@@ -15,13 +15,15 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from longscan.errors import ArgumentError, DataError
 from longscan.nn.storage import write_atomically
-from longscan.tasks.task import IGNORED, Metric, Recipe
+from longscan.tasks.task import Metric, Recipe
 from longscan.tasks.windows import NextToken, Windows, fitting, two_parts
+
+# Partials of the highest note of the stand-in end at 3 kHz.
+_LEAST_RATE = 6000
 
 #: Of a sample, 8 bits.
 LEVELS = 256
@@ -95,7 +97,9 @@ def _wavfile(path: Path):  # type: ignore[no-untyped-def]
     try:
         from scipy.io import wavfile
     except ImportError as error:
-        raise DataError(f"{path} needs the package `scipy`; install it with: pip install 'longscan[experiments]'") from error
+        raise DataError(
+            f"data: {path} needs the package `scipy`; install it with: pip install 'longscan[experiments]'"
+        ) from error
     return wavfile
 
 
@@ -192,8 +196,7 @@ class NotesStandin(Waveforms):
     notes: int = 6
 
     name: ClassVar[str] = "notes_standin"
-    #: Pitches are of the white keys from C3 on, two octaves; frequencies in Hz.
-    _KEYS: ClassVar[tuple[int, ...]] = tuple(12 * octave + step for octave in (0, 1) for step in (0, 2, 4, 5, 7, 9, 11))
+    #: Pitches are of the white keys, two octaves from C3 on, which has so many Hz.
     _LOWEST: ClassVar[float] = 130.81
     _PARTIALS: ClassVar[int] = 6
     #: A partial's frequency over its number is off by half of this times the square of the number.
@@ -205,9 +208,8 @@ class NotesStandin(Waveforms):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        highest = self._LOWEST * 2 ** (max(self._KEYS) / 12) * self._PARTIALS * (1 + self._STIFFNESS * self._PARTIALS**2)
-        if self.rate < 2 * highest:
-            raise ArgumentError(f"notes_standin: rate must be at least {math.ceil(2 * highest)}, got {self.rate}")
+        if self.rate < _LEAST_RATE:
+            raise ArgumentError(f"notes_standin: rate must be at least {_LEAST_RATE}, got {self.rate}")
 
     def sample(self, batch: int, generator: torch.Generator, length: int | None = None) -> tuple[Tensor, Tensor]:
         levels = mu_law(self.play(batch, (length or self.length) + 1, generator))
@@ -226,13 +228,12 @@ class NotesStandin(Waveforms):
         stretch = partials * (1 + 0.5 * self._STIFFNESS * partials**2)
         earlier = 3 * self._DECAY
         seconds = places / self.rate + earlier
-        keys = self._LOWEST * 2 ** (torch.arange(max(self._KEYS) + 1, device=device) / 12)
-        # Of all keys the white ones, by a comparison: a list would have to be copied to the device in every step.
         waveform = self._NOISE * torch.randn(batch, places, generator=generator, device=device)
         for _ in range(max(1, round(self.notes * seconds))):
             octave, step, begin, strength = torch.rand(4, batch, 1, 1, generator=generator, device=device)
-            note = 12 * (2 * octave).floor() + ((7 * step).floor() * 12 + 5).div(7, rounding_mode="floor")
-            frequency = keys[note.long()]
+            # Semitones 0, 2, 4, 5, 7, 9, 11, without a table that would have to be on the device.
+            note = 12 * (2 * octave).floor() + (((7 * step).floor() * 12 + 5) / 7).floor()
+            frequency = self._LOWEST * 2 ** (note / 12)
             since = time - (begin * seconds - earlier)
             decay = torch.exp(-since.clamp(min=0) * partials / self._DECAY) / partials
             waves = (2 * math.pi * frequency * stretch * since).sin() * decay * (since >= 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from longscan.tasks.associative_recall import AssociativeRecall, MultiQueryAssociativeRecall
+from longscan.tasks.audio import Audio, NotesStandin
 from longscan.tasks.copying import Copying
 from longscan.tasks.delay import Delay
 from longscan.tasks.digits import DigitsStandin, PermutedDigits, PermutedDigitsStandin, SequentialDigits
@@ -34,4 +35,6 @@ TASKS = SYNTHETIC | _by_name(
     DNASpecies,
     DNAStandin,
     DNASpeciesStandin,
+    Audio,
+    NotesStandin,
 )
