@@ -104,7 +104,7 @@ def synthetic_species(count: int) -> tuple[Species, ...]:
 
 
 # Bases that the chain looks back, how far chains are off the common one (in nats), and bases of a marker.
-_ORDER, _OFF, _MARKER = 2, 0.05, 4
+_ORDER, _OFF, _MARKER = 2, 0.15, 4
 
 
 @dataclasses.dataclass(frozen=True)
