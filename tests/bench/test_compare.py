@@ -10,30 +10,12 @@ import torch
 from rich.console import Console
 
 from longscan.bench import compare, trials
-from longscan.bench.matched import contestant, match, parameters
 from longscan.cli import compare as command
 from longscan.errors import ArgumentError, DataError
 from longscan.models import LanguageModel, LanguageModelConfig
 from longscan.tasks.text import TextConfig
 
 SMALL = compare.Settings(task="induction_heads", d_model=16, n_layer=1, steps=3, batch_size=2, length=16)
-
-
-@pytest.mark.parametrize("name", ["s4d", "retnet", "attention", "lstm", "h3/s4d", "mamba/s6", "ungated/s6"])
-def test_widths_match_parameters(name: str) -> None:
-    shape = LanguageModelConfig(64, 2, 256, d_intermediate=96)
-    target = parameters(shape)
-    assert target == LanguageModel(shape).num_parameters()
-    matched = match(contestant(name, shape), target)
-    assert abs(parameters(matched) / target - 1) < 0.06
-    assert matched.d_intermediate == round(1.5 * matched.d_model)
-    # No neighbour comes nearer.
-    for step in (-4, 4):
-        width = matched.d_model + step
-        other = LanguageModelConfig.from_dict(
-            {**matched.to_dict(), "d_model": width, "d_intermediate": round(1.5 * width)}
-        )
-        assert abs(parameters(other) - target) >= abs(parameters(matched) - target)
 
 
 def test_a_second_call_goes_on_and_may_name_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -15,7 +16,8 @@ from longscan.cli.config import read_toml
 from longscan.cli.reproduce import Options, run
 from longscan.errors import CheckpointError, ConfigError, StorageError
 from longscan.experiments import Result, Run, read_results, read_settings
-from longscan.experiments.report import duration
+from longscan.experiments.report import duration, results_page
+from longscan.tasks.dna_standin import DNASpeciesStandin
 from longscan.tasks.task import ACCURACY, BITS_PER_BYTE, NRMSE
 from tests.tasks.test_digits import write_digits
 
@@ -156,6 +158,36 @@ def test_the_command_line_knows_it(options: Options, capsys: pytest.CaptureFixtu
     assert "small-heads" in capsys.readouterr().out
 
 
+def test_several_sizes(options: Options) -> None:
+    sizes = "[paper.sizes]\ns = { d_model = 8, steps = 2 }\nl = { d_model = 12, steps = 2 }\n[systems.mamba]"
+    (options.experiments / "small_heads.toml").write_text(EXPERIMENT.replace("[systems.mamba]", sizes))
+    assert told(options, only="mamba,attention-s")[0] == 0
+    assert set(results(options)) == {"mamba-s", "mamba-l", "attention-s"}
+    large = results(options)["mamba-l"]
+    assert (large.family, large.size, large.label) == ("mamba", "l", "Mamba l")
+    assert large.parameters > results(options)["mamba-s"].parameters
+    assert (options.results / "small_heads" / "paper.png").stat().st_size > 1000
+    told(options, sizes="l")
+    assert set(results(options)) == {"mamba-s", "mamba-l", "attention-s", "attention-l"}
+    assert "4 of 4: attention, mamba" in told(options, list=True)[1]
+    with pytest.raises(ConfigError, match="--sizes: small_heads has no 'xl', it has s, l"):
+        told(options, sizes="xl")
+    with pytest.raises(ConfigError, match="--only: small_heads has no 'lstm', it has mamba, attention"):
+        told(options, only="lstm")
+
+
+def test_many_variants_stand_below_one_another(options: Options) -> None:
+    variants = "".join(f"[systems.v{n}]\nmixer = 'mamba'\nlabel = 'variant {n}'\n" for n in range(11))
+    text = EXPERIMENT[: EXPERIMENT.index("[systems.mamba]")].replace("lengths = [16, 32]", "lengths = [16]")
+    (options.experiments / "small_heads.toml").write_text(text.replace("steps = 12", "steps = 1") + variants)
+    (options.experiments / "published.toml").write_text(PUBLISHED.replace("figures.mamba", "figures.v7"))
+    code, shown = told(options)
+    assert code == 0
+    (row,) = (line for line in shown.splitlines() if line.strip().startswith("variant 7 "))
+    assert row.endswith(f"{percent(results(options)['v7'].figures['16'])} (99.5) ")
+    assert (options.results / "small_heads" / "paper.png").stat().st_size > 1000
+
+
 def test_figures_as_one_says_them() -> None:
     assert [percent(share) for share in (1.0, 0.99999, 0.123)] == ["100.0", "99.9+", "12.3"]
     assert ACCURACY.text(0.5) == "50.0%"
@@ -222,3 +254,16 @@ def test_data_are_where_one_says(options: Options, tmp_path: Path, capsys: pytes
     assert (tmp_path / "samples" / "small_heads.png").stat().st_size > 5000
     assert main(["plot", "task", "small-hats", "--experiments", str(options.experiments)]) == 2
     assert "allowed are an experiment" in capsys.readouterr().err
+
+
+def test_the_best_possible_stands_beside(options: Options, tmp_path: Path) -> None:
+    text = EXPERIMENT.replace("induction_heads", "dna_species_standin").replace("vocab = 6", "sequences = 20")
+    (options.experiments / "small_heads.toml").write_text(text)
+    console = Console(file=io.StringIO(), width=120)
+    assert run(dataclasses.replace(options, only="mamba", scale="paper"), console) == 0
+    (result,) = read_results(options.results)
+    task = DNASpeciesStandin(16, sequences=20)
+    assert result.best == {"16": task.best(16, 8, 0), "32": task.best(32, 8, 0)}
+    assert "the best possible" in console.file.getvalue()  # type: ignore[attr-defined]
+    row = f"| *the best possible* | {percent(result.best['16'])} | {percent(result.best['32'])} |"
+    assert row in results_page([result], {})

@@ -10,7 +10,10 @@ import pytest
 
 from longscan.cli.config import read_toml
 from longscan.errors import ConfigError
-from longscan.experiments import SCALES, read_published, read_settings
+from longscan.experiments import SCALES, System, read_published, read_settings
+from longscan.models import LanguageModelConfig
+from longscan.models.matching import parameters
+from longscan.tasks.task import Recipe
 from longscan.training.tasks import task_config
 
 FOLDER = Path(__file__).parents[2] / "experiments"
@@ -41,9 +44,12 @@ def test_every_experiment_can_be_read_and_its_models_built(name: str, scale: str
         table = published[settings.published]
         assert set(settings.systems) & set(table.figures)
         assert settings.scale != "paper" or {n for row in table.figures.values() for n in row} <= set(settings.lengths)
+    smallest: dict[str, System] = {}
     for system in settings.systems.values():
-        task_config(settings.task, system.mixer, system.recipe)
+        smallest.setdefault(system.family, system)
         assert settings.lengths_of(system)
+    for system in smallest.values():
+        task_config(settings.task, system.mixer, system.recipe)
 
 
 def test_later_recipes_win() -> None:
@@ -60,6 +66,36 @@ def test_later_recipes_win() -> None:
     assert paper.lengths == (256,)
 
 
+def test_sizes_cross_with_systems() -> None:
+    values = copy.deepcopy(SMALL)
+    sizes = {"s": {"d_model": 8, "learning_rate": 1e-2}, "m": {"parameters": 20_000, "n_layer": 3}}
+    values["paper"] |= {"sizes": sizes}
+    values["systems"]["mamba"]["depth"] = 2
+    settings = read_settings("small", values, "paper")
+    assert list(settings.systems) == ["mamba-s", "attention-s", "mamba-m", "attention-m"]
+    small, large = settings.systems["mamba-s"], settings.systems["mamba-m"]
+    assert (small.family, small.size, small.label) == ("mamba", "s", "mamba s")
+    assert (small.recipe.d_model, small.recipe.n_layer, large.recipe.n_layer) == (8, 4, 6)
+    assert small.recipe.learning_rate == 2e-3, "a system's recipe wins over a size's"
+    assert settings.systems["attention-s"].recipe.learning_rate == 1e-2
+    assert settings.systems["attention-m"].mixer == "attention"
+    for system in (large, settings.systems["attention-m"]):
+        config = task_config(settings.task, system.mixer, system.recipe)
+        assert isinstance(config, LanguageModelConfig)
+        assert config.d_model % 8 == 0
+        assert parameters(config) == pytest.approx(20_000, rel=0.25)
+    assert [system.family for system in read_settings("small", values, "here").systems.values()] == [
+        "mamba",
+        "attention",
+    ]
+
+
+def test_only_language_models_are_matched() -> None:
+    recipe = Recipe(parameters=1000, model="sashimi")
+    with pytest.raises(ConfigError, match="widths are matched for language models only"):
+        task_config(read_settings("small", SMALL, "here").task, "mamba", recipe)
+
+
 @pytest.mark.parametrize(
     ("place", "key", "value", "message"),
     [
@@ -69,6 +105,7 @@ def test_later_recipes_win() -> None:
         (("here", "task"), "lengthy", 1, r"\[here.task\].*lengthy"),
         (("here", "task"), "length", 1, "length must be at least 3"),
         (("systems", "mamba"), "mixr", "mamba", "did you mean 'mixer'"),
+        (("here",), "sizes", {"s": {"d_modl": 8}}, r"sizes.s\].*did you mean 'd_model'"),
         ((), "task", "juggling", "task 'juggling' is not one of"),
     ],
 )

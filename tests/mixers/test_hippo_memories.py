@@ -97,6 +97,28 @@ def test_lmu_is_the_papers_cell() -> None:
         torch.testing.assert_close(mixer(x[None])[0][0, t], h)
 
 
+def test_gradients_of_lmus_walk_are_those_of_its_equations() -> None:
+    torch.manual_seed(0)
+    mixer = moved(LMU(3, order=4, theta=7, d_memory=2, d_hidden=3, bias=True, dtype=double))
+    x = torch.randn(2, 6, 3, dtype=double, requires_grad=True)
+    state = mixer.initial_state(2)
+    start = [torch.randn_like(part, requires_grad=True) for part in (state.memory, state.hidden)]
+    y, after = mixer(x, type(state)(*start))
+    m, h = start
+    outputs = []
+    for u, own in zip(*(part.unbind(1) for part in mixer.in_proj(x).split([2, 3], dim=-1)), strict=True):
+        u = u + mixer.encoder(torch.cat((h, m.flatten(1)), dim=1))
+        m = m @ mixer.A_bar.T + u[..., None] * mixer.B_bar
+        h = torch.tanh(own + mixer.hidden_proj(h) + mixer.memory_proj(m.flatten(1)))
+        outputs.append(h)
+    weights = torch.randn_like(y), torch.randn_like(m)
+    given = [x, *start, *mixer.parameters()]
+    one = torch.autograd.grad((y * weights[0]).sum() + (after.memory * weights[1]).sum(), given)
+    other = torch.autograd.grad((torch.stack(outputs, 1) * weights[0]).sum() + (m * weights[1]).sum(), given)
+    for found, expected in zip(one, other, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def test_lmu_has_the_papers_parameters() -> None:
     """Permuted sequential MNIST: 102,027 trained numbers, of which 2,130 are the classifier's."""
     cell = LMU(1, order=256, theta=784, d_hidden=212)
@@ -130,6 +152,40 @@ def test_hippo_is_the_papers_cell(discretisation: str) -> None:
         g = torch.sigmoid(W_g @ x[t] + V_g @ m + b_g)
         h = (1 - g) * h + g * torch.tanh(W_h @ x[t] + V_h @ m + b_h)
         torch.testing.assert_close(mixer(x[None])[0][0, t], h)
+
+
+@pytest.mark.parametrize("options", [{}, {"measure": "legt", "window": 6.0}], ids=["legs", "legt"])
+@pytest.mark.parametrize("ages", [[2, 2], [0, 5]], ids=["one-age", "two-ages"])
+def test_gradients_of_hippos_walk_are_those_of_its_equations(options: dict[str, Any], ages: list[int]) -> None:
+    torch.manual_seed(0)
+    mixer = moved(HiPPO(3, order=4, d_memory=2, **options, dtype=double))
+    x = torch.randn(2, 6, 3, dtype=double, requires_grad=True)
+    state = mixer.initial_state(2)
+    start = [torch.randn_like(part, requires_grad=True) for part in (state.memory, state.hidden)]
+    y, after = mixer(x, type(state)(*start, torch.tensor(ages)))
+    m, h = start
+    outputs = []
+    for t, (u, gates) in enumerate(zip(*(part.unbind(1) for part in mixer.in_proj(x).split([2, 6], -1)), strict=True)):
+        m = mixer.remember(m, u + mixer.encoder(h), torch.tensor(ages) + t)
+        g, new = (gates + mixer.memory_proj(m.flatten(1))).split(3, dim=1)
+        h = (1 - g.sigmoid()) * h + g.sigmoid() * new.tanh()
+        outputs.append(h)
+    weights = torch.randn_like(y), torch.randn_like(m)
+    given = [x, *start, *mixer.parameters()]
+    one = torch.autograd.grad((y * weights[0]).sum() + (after.memory * weights[1]).sum(), given)
+    other = torch.autograd.grad((torch.stack(outputs, 1) * weights[0]).sum() + (m * weights[1]).sum(), given)
+    for found, expected in zip(one, other, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@torch.no_grad()
+def test_hippos_matrices_are_solved_in_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    mixer = moved(HiPPO(3, order=4, dtype=double))
+    x = torch.randn(2, 23, 3, dtype=double)
+    expected, _ = mixer(x)
+    monkeypatch.setattr("longscan.mixers.hippo._NUMBERS", 5 * 16)
+    torch.testing.assert_close(mixer(x)[0], expected)
 
 
 def test_hippos_memory_is_the_signals_projection() -> None:
@@ -192,13 +248,26 @@ def test_lssl_in_float32_stays_near_float64_over_a_long_sequence() -> None:
     assert (kernel - expected).abs().max() < 2e-4 * expected.abs().max()
 
 
-def test_lssl_keeps_states_times_length_for_training() -> None:
-    """The cost that the S4 paper sets out to remove; what streams is small."""
-    mixer, length, saved = LSSL(4, d_state=16), 500, []
+def test_lssl_keeps_no_krylov_matrix_for_training() -> None:
+    """The paper's Krylov matrix is N L numbers a channel, the cost that S4 sets out to remove."""
+    mixer, length, saved = LSSL(4, d_state=16), 4096, []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.numel()), t)[1], lambda t: t):
         mixer.convolution_kernel(length)
-    assert sum(saved) > 4 * 16 * length
+    assert sum(saved) < 4 * 16 * length / 4
     assert mixer.state_bytes(2, length) == 2 * 4 * 16 * 4
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 16, 17, 37])
+def test_lssl_goes_on_from_a_state_at_any_length(length: int) -> None:
+    torch.manual_seed(0)
+    mixer = LSSL(3, d_state=6, dtype=double)
+    x, state = torch.randn(2, length, 3, dtype=double), mixer.initial_state(2)
+    state = type(state)(torch.randn_like(state.ssm))
+    y, after = mixer(x, state)
+    for t in range(length):
+        expected, state = mixer.step(x[:, t], state)
+        torch.testing.assert_close(y[:, t], expected)
+    torch.testing.assert_close(after.ssm, state.ssm)
 
 
 def test_buffers_stay_float32_in_low_precision() -> None:

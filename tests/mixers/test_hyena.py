@@ -69,6 +69,18 @@ def test_it_is_its_definition(options: dict) -> None:
 
 
 @torch.no_grad()
+def test_bare_it_is_one_filter() -> None:
+    torch.manual_seed(0)
+    mixer = Hyena(4, max_length=6, filter_width=5, bare=True).double()
+    assert not any("proj" in name or "conv" in name for name, _ in mixer.named_parameters())
+    x = torch.randn(2, 11, 4, dtype=torch.float64)
+    y = mixer.D[0] * x
+    for lag in range(6):
+        y[:, lag:] += naive_filter(mixer, lag)[0] * x[:, : 11 - lag]
+    torch.testing.assert_close(mixer(x)[0], y, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
 def test_filters_do_not_depend_on_how_many_lags_are_asked_for() -> None:
     mixer = Hyena(4, max_length=50).double()
     filters = mixer.filters(50)
@@ -102,6 +114,57 @@ def test_the_state_grows_up_to_its_bound_and_no_further(filter_values: bool) -> 
             sizes.append(state.nbytes)
     assert sizes == sorted(sizes)
     assert sizes[0] < sizes[4] == sizes[-1]
+
+
+def test_steps_compute_filters_when_the_past_outgrows_them_or_weights_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    mixer = Hyena(4, max_length=24, filter_width=5).double()
+    computed: list[int] = []
+    original = Hyena.filters
+
+    def counted(self: Hyena, length: int) -> Tensor:
+        computed.append(length)
+        return original(self, length)
+
+    monkeypatch.setattr(Hyena, "filters", counted)
+    x = torch.randn(2, 20, 4, dtype=torch.float64)
+    state = mixer.initial_state(2)
+    with torch.no_grad():
+        for t in range(15):
+            y, state = mixer.step(x[:, t], state)
+        assert computed == [2, 6, 14, 24]
+        torch.testing.assert_close(y, mixer(x[:, :15])[0][:, -1], rtol=1e-10, atol=1e-10)
+        computed.clear()
+        mixer.step(x[:, 15], state)
+        assert not computed
+        mixer.D.mul_(2)
+        y, _ = mixer.step(x[:, 15], state)
+        fresh, _ = mixer.step(x[:, 15], state.clone())
+        assert computed == [24, 24]
+        assert torch.equal(y, fresh)
+    # Under gradients, what was kept is no help: it has none.
+    y, _ = mixer.step(x[:, 15], state)
+    assert torch.autograd.grad(y.sum(), mixer.frequency)[0].abs().amax() > 0
+
+
+@pytest.mark.parametrize("max_length", [2, 100, 400])
+@torch.no_grad()
+def test_a_state_that_is_given_away_grows_in_place(max_length: int) -> None:
+    torch.manual_seed(0)
+    mixer = Hyena(4, max_length=max_length, filter_width=5).double()
+    x = torch.randn(2, 300, 4, dtype=torch.float64)
+    expected, _ = mixer(x)
+    state, memories = mixer.initial_state(2), set()
+    for t in range(300):
+        y, state = mixer.step(x[:, t], state, inplace=True)
+        torch.testing.assert_close(y, expected[:, t], rtol=1e-9, atol=1e-9)
+        assert state.nbytes == mixer.double().state_bytes(2, t + 1)
+        memories.add(state.room.memory.data_ptr())
+        if t == 200:
+            # A fork has memory of its own.
+            fork = state.select([0, 1])
+            mixer.step(torch.zeros(2, 4, dtype=torch.float64), fork, inplace=True)
+    assert len(memories) <= 6
 
 
 @torch.no_grad()

@@ -76,7 +76,7 @@ def test_keys_of_any_size(scale: float) -> None:
     k, v = (scale * torch.randn(2, 50, 5)).requires_grad_(), torch.randn(2, 50, 5).requires_grad_()
     before = torch.zeros(2, 3, 5)
     before[:, 2] = -1e38
-    y, _, _ = weighted_average(w, u, k, v, before)
+    y, *_ = weighted_average(w, u, k, v, before)
     expected = directly(w.double(), u.double(), k.double(), v.double())
     torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=2e-5 * max(1.0, scale / 10))
     weights = torch.randn_like(y)
@@ -98,11 +98,10 @@ def test_a_long_silence_is_remembered() -> None:
     before = torch.zeros(1, 3, 1)
     before[:, 2] = -1e38
     w, u = torch.tensor([0.1]), torch.tensor([0.0])
-    y, sums, peak = weighted_average(w, u, k, v, before)
+    y, *sums = weighted_average(w, u, k, v, before)
     expected = directly(w.double(), u.double(), k.double(), v.double())
     torch.testing.assert_close(y.double(), expected, rtol=1e-3, atol=1e-3)
-    assert sums.isfinite().all()
-    assert peak.isfinite().all()
+    assert all(part.isfinite().all() for part in sums)
 
 
 def test_a_decay_below_the_digits_of_a_key_still_fades() -> None:
@@ -111,9 +110,21 @@ def test_a_decay_below_the_digits_of_a_key_still_fades() -> None:
     k[0, 1:] = -100.0
     before = torch.zeros(1, 3, 1)
     before[:, 2] = -1e38
-    _, sums, peak = weighted_average(torch.tensor([2e-7]), torch.zeros(1), k, v, before)
-    total = sums[0, -1, 0, 0].double().log() + peak[0, -1, 0].double()
+    _, numerator, _, peak = weighted_average(torch.tensor([2e-7]), torch.zeros(1), k, v, before)
+    total = numerator[0, -1, 0].double().log() + peak[0, -1, 0].double()
     assert abs(float(total) - (20 - 2e-7 * 19_999)) < 1e-3
+
+
+@torch.no_grad()
+def test_a_million_steps() -> None:
+    """Decays from none to speak of to e^-20 a step: an average of ones stays one, in float32, and the state finite."""
+    length = 2**20
+    w, k = torch.tensor([1e-9, 1e-3, 20.0]), 10 * torch.randn(1, length, 3, generator=torch.Generator().manual_seed(0))
+    before = torch.zeros(1, 3, 3)
+    before[:, 2] = -1e38
+    y, *sums = weighted_average(w, torch.zeros(3), k, torch.ones_like(k), before)
+    torch.testing.assert_close(y, torch.ones_like(y), rtol=0, atol=1e-5)
+    assert all(part.isfinite().all() for part in sums)
 
 
 def test_it_starts_as_the_authors_code() -> None:

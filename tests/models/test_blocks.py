@@ -31,7 +31,10 @@ def test_s6_in_the_mamba_block_is_mamba() -> None:
 
 
 @pytest.mark.parametrize("block", ["plain", "ungated", "h3", "mamba"])
-@pytest.mark.parametrize(("mixer", "options"), [("s4d", {"bare": True, "d_state": 4}), ("s6", {"d_state": 4})])
+@pytest.mark.parametrize(
+    ("mixer", "options"),
+    [("s4d", {"bare": True, "d_state": 4}), ("s6", {"d_state": 4}), ("hyena", {"bare": True, "filter_width": 4})],
+)
 def test_the_grid_is_a_configuration(block: str, mixer: str, options: dict[str, object]) -> None:
     around = {} if block == "plain" else {"d_conv": 3}
     config = LanguageModelConfig(16, 2, 17, mixer, options, block=block, block_options=around)

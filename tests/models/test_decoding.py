@@ -32,10 +32,29 @@ def test_the_same_numbers(dtype: torch.dtype, options: dict[str, Any], tied: boo
         torch.testing.assert_close(logits[0], logits[1], rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize(
+    "changes", [{"d_intermediate": 24}, {"mixer_options": {"selection_norm_eps": 1e-2}}], ids=["mlps", "inner-norms"]
+)
+@torch.no_grad()
+def test_mlps_and_inner_norms(changes: dict[str, Any], int8: bool) -> None:
+    model = make(**changes)
+    if int8:
+        model.quantize()
+    states = [prefill(model, [torch.tensor([1, 2, 3]), torch.tensor([4])])[1] for _ in range(2)]
+    for token in range(4):
+        tokens = torch.tensor([token, 2 * token])
+        logits, states[0] = CompiledStepper(model).step(tokens, states[0])
+        expected, states[1] = ModuleStepper(model).step(tokens, states[1])
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_the_choice() -> None:
     assert isinstance(make_stepper(make()), CompiledStepper)
     assert isinstance(make_stepper(make(), short_states=True), CompiledStepper)
-    for model in (make("complex"), make("mixed"), make(d_intermediate=8), make().double()):
+    for model in (make(d_intermediate=8), make(mixer_options={"selection_norm_eps": 1e-6})):
+        assert isinstance(make_stepper(model), CompiledStepper)
+    for model in (make("complex"), make("mixed"), make().double()):
         assert isinstance(make_stepper(model), ModuleStepper)
     with torch.autocast("cpu", torch.bfloat16):
         assert isinstance(make_stepper(make()), ModuleStepper)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,13 @@ from tests.models.small import make
 
 TOKENS = torch.tensor([[1, 2, 3, 4, 12, 0, 7]])
 FALCON = {"mixer_options": {"selection_norm_eps": 1e-6}}
+MAMBA2 = {"mixer": "mamba2", "mixer_options": {"d_state": 8, "head_dim": 4}}
+GROUPED = {
+    **MAMBA2,
+    "mixer_options": {**MAMBA2["mixer_options"], "n_groups": 2, "bias": True, "dt_limit": [0.01, math.inf]},
+    "tie_embeddings": False,
+}
+NAMES = {"mamba": "MambaForCausalLM", "falcon": "FalconMambaForCausalLM", "mamba2": "Mamba2ForCausalLM"}
 
 
 @pytest.mark.parametrize("kind", ["longscan", "mamba-ssm", "transformers"])
@@ -26,8 +34,10 @@ FALCON = {"mixer_options": {"selection_norm_eps": 1e-6}}
         {"tie_embeddings": False, "residual_in_fp32": False},
         {"mixer_options": {"d_state": 5, "d_conv": 3, "expand": 3, "dt_rank": 2, "bias": True, "conv_bias": False}},
         {"mixer": ("mamba", "mamba"), "mixer_options": {"mamba": {"dt_rank": "auto"}}},
+        {"mixer": "mamba2"},
+        GROUPED,
     ],
-    ids=["plain", "untied", "options", "list"],
+    ids=["plain", "untied", "options", "list", "mamba2", "grouped"],
 )
 def test_a_round_trip_is_exact(kind: str, changes: dict[str, Any], tmp_path: Path) -> None:
     model = make(**changes)
@@ -48,14 +58,27 @@ def test_mlps_and_inner_norms(tmp_path: Path) -> None:
     assert torch.equal(again(TOKENS)[0], falcon(TOKENS)[0])
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False}, FALCON], ids=["mamba", "untied", "falcon"])
-def test_transformers_reads_what_we_write_and_we_what_it_writes(changes: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("mamba", {}),
+        ("mamba", {"tie_embeddings": False}),
+        ("falcon", FALCON),
+        ("mamba2", MAMBA2),
+        ("mamba2", GROUPED),
+        ("mamba2", {**MAMBA2, "norm_eps": 1e-2, "mixer_options": {**MAMBA2["mixer_options"], "norm_eps": 1e-2}}),
+    ],
+    ids=["mamba", "untied", "falcon", "mamba2", "grouped", "epsilon"],
+)
+def test_transformers_reads_what_we_write_and_we_what_it_writes(
+    kind: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
     transformers = pytest.importorskip("transformers")
     model = make(**changes)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         model.save_pretrained(tmp_path / "ours", format="transformers"), dtype=torch.float32
     )
-    assert type(theirs).__name__ == ("FalconMambaForCausalLM" if changes is FALCON else "MambaForCausalLM")
+    assert type(theirs).__name__ == NAMES[kind]
     with torch.no_grad():
         logits = theirs(TOKENS, use_cache=False).logits[..., : model.config.vocab_size]
     torch.testing.assert_close(model(TOKENS)[0], logits, rtol=1e-4, atol=1e-4)
@@ -85,11 +108,28 @@ def test_the_released_layout(tmp_path: Path) -> None:
     assert torch.equal(again(TOKENS)[0], model(TOKENS)[0])
 
 
+def test_the_released_layout_of_mamba2(tmp_path: Path) -> None:
+    """As the files of state-spaces/mamba2-130m are: a layer's name, the rest by default."""
+    model = make(d_model=32, vocab_size=13, mixer="mamba2", pad_vocab_size_multiple=16)
+    released = {
+        "d_model": 32, "d_intermediate": 0, "n_layer": 3, "vocab_size": 13, "ssm_cfg": {"layer": "Mamba2"},
+        "attn_layer_idx": [], "attn_cfg": {}, "rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True,
+        "pad_vocab_size_multiple": 16, "tie_embeddings": True,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(released))
+    save_pickled(tmp_path / "pytorch_model.bin", model.state_dict())
+    again = LanguageModel.from_pretrained(tmp_path)
+    assert again.config == model.config
+    assert torch.equal(again(TOKENS)[0], model(TOKENS)[0])
+
+
 @pytest.mark.parametrize(
     ("kind", "changes", "words"),
     [
         ("safetensors", {}, "allowed are longscan, mamba-ssm, transformers"),
         ("transformers", {"mixer": "s4d"}, "holds Mamba layers only"),
+        ("mamba-ssm", {"mixer": ("mamba", "mamba2"), "mixer_options": {}}, "this model has mamba, mamba2"),
+        ("transformers", {"mixer": "mamba2", "norm_eps": 1e-6}, "one epsilon for all norms"),
         ("mamba-ssm", {"mixer_options": {"a_init": "s4d-lin"}}, "holds a real A only"),
         ("transformers", {"d_intermediate": 8}, "has no MLPs"),
         ("mamba-ssm", {"d_intermediate": 8}, "multiples of 128"),
@@ -107,10 +147,12 @@ def test_what_a_format_cannot_say(kind: str, changes: dict[str, Any], words: str
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"model_type": "mamba2"}, "model_type: got 'mamba2'"),
+        ({"model_type": "mamba3"}, "model_type: got 'mamba3'"),
         ({"model_type": "mamba", "hidden_act": "relu"}, "hidden_act: got 'relu'"),
         ({"model_type": "mamba", "vocab_size": 8}, "hidden_size is missing"),
-        ({"ssm_cfg": {"layer": "Mamba2"}}, "layer: got 'Mamba2'"),
+        ({"ssm_cfg": {"layer": "Mamba3"}}, "layer: got 'Mamba3'"),
+        ({"ssm_cfg": {"layer": "Mamba2", "norm_before_gate": True}}, "norm_before_gate: got True"),
+        ({"ssm_cfg": {"layer": "Mamba2", "dt_rank": 4}}, "unknown keys dt_rank"),
         ({"ssm_cfg": {"headdim": 64}}, "ssm_cfg: unknown keys headdim"),
         ({"ssm_cfg": {}, "rms_norm": False}, "rms_norm: got False"),
         ({"ssm_cfg": {}, "attn_layer_idx": [1]}, "attn_layer_idx"),

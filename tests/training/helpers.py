@@ -42,13 +42,15 @@ def make_trainer(
     stop: Callable[[], bool] = lambda: False,
     shape: LanguageModelConfig = SHAPE,
     observer: Silent | None = None,
+    ranks: Ranks | None = None,
+    device: torch.device | None = None,
 ) -> tuple[Trainer, LanguageModel]:
     """A trainer of a fresh model in a folder."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
-    model = LanguageModel(shape)
+    model = LanguageModel(shape).to(device)  # initialised on the CPU: the same weights on every device
     batches = Batches(TOKENS, config.batch_size, config.sequence_length, config.seed, config.carry_state)
-    ranks, device = Ranks(), torch.device("cpu")
+    ranks, device = ranks or Ranks(), device or torch.device("cpu")
     stepper = Stepper(model, config, batches, ranks=ranks, device=device)
     trainer = Trainer(
         folder,
@@ -58,10 +60,16 @@ def make_trainer(
         device=device,
         bits_per_byte=1.0,
         observer=observer or Silent(),
-        estimate=lambda: float(model.backbone.embedding.weight.detach().sum()),
+        estimate=lambda: held_out(model),
         should_stop=stop,
     )
     return trainer, model
+
+
+def held_out(model: LanguageModel) -> float:
+    tokens = torch.from_numpy(TOKENS[:65].astype(np.int64))[None].to(model.device)
+    with torch.no_grad():
+        return float(model.loss(tokens[:, :-1], tokens[:, 1:]))
 
 
 def history(folder: Path) -> list[dict[str, Any]]:

@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from longscan.errors import CheckpointError, StorageError, TrainingError
-from longscan.training import TrainConfig
-from longscan.training import checkpoint as checkpoint_module
-from longscan.training.checkpoint import describe_checkpoint, list_checkpoints
+from longscan.training import TrainConfig, sealed
+from longscan.training.sealed import describe_checkpoint, list_checkpoints
 from tests.training.helpers import CONFIG, SHAPE, Silent, history, make_trainer
 
 
@@ -128,7 +127,7 @@ def test_full_disk_keeps_the_checkpoint_before(tmp_path: Path, monkeypatch: pyte
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_module, "_flush", full)
+        patch.setattr(sealed, "_flush", full)
         with pytest.raises(StorageError, match=r"step-00000008: .*No space left.*earlier checkpoints are untouched"):
             make_trainer(tmp_path, stop=after(4))[0].run()
     assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == [4]
@@ -143,6 +142,35 @@ def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
     assert observer.saves == list(range(1, 13))
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step-00000011", "step-00000012"]
+
+
+def test_the_best_checkpoint_is_kept_too(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, evaluations=6, keep_best=True, keep_checkpoints=1)
+    estimates = iter([3.0, 1.0, 2.0, 4.0, 1.5, 1.25])
+    observer = Silent()
+    for stop in (7, 100):
+        trainer, _ = make_trainer(tmp_path, config, stop=after(stop), observer=observer)
+        trainer._estimate = lambda: next(estimates)
+        trainer.run()
+    assert observer.saves == [2, 4, 7, 12]
+    assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == [12, 4]
+
+
+def test_what_a_kill_left_half_built_is_swept_away(tmp_path: Path) -> None:
+    make_trainer(tmp_path, stop=after(4))[0].run()
+    checkpoints = tmp_path / "checkpoints"
+    for name in (".step-00000003.tmp", ".step-00000002.old"):
+        shutil.copytree(checkpoints / "step-00000004", checkpoints / name)
+    make_trainer(tmp_path)[0].run()
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000004", "step-00000012"]
+
+
+def test_a_checkpoint_names_files_of_its_own_folder_only(tmp_path: Path) -> None:
+    folder, building = sealed.place(tmp_path, 1)
+    building.mkdir()
+    sealed.seal(building, folder, {"format": 1}, {"../outside": "0"})
+    with pytest.raises(CheckpointError, match="not in its folder"):
+        describe_checkpoint(folder)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from longscan import diagnostics
 from longscan.bench.contest import failure, release
-from longscan.bench.matched import contestant, match, parameters
 from longscan.bench.timing import measure, synchronise
 from longscan.bench.trials import Trial, make_trial
 from longscan.errors import ArgumentError, DataError
 from longscan.models import LanguageModel, LanguageModelConfig
+from longscan.models.matching import contestant, match, parameters
 from longscan.nn.storage import write_text
 from longscan.training.config import TrainConfig
 from longscan.training.optimizers import Optimizers, clip_gradients

@@ -60,7 +60,8 @@ def _guarded(command: str, rest: list[str]) -> int:
     except LongscanError as error:
         if os.environ.get("LONGSCAN_DEBUG") == "1":
             raise
-        _fail(str(error))
+        rank = os.environ.get("RANK")
+        _fail(str(error) if rank is None else f"process {rank}: {error}")
         return 2
     except KeyboardInterrupt:
         _fail("stopped")

@@ -30,18 +30,37 @@ class Options:
     """
 
     what: Annotated[
-        Literal["scan", "block", "train", "prefill", "decode", "lengths", "throughput", "memory", "decay", "mixers"],
+        Literal[
+            "scan",
+            "block",
+            "train",
+            "prefill",
+            "decode",
+            "families",
+            "loading",
+            "lengths",
+            "throughput",
+            "memory",
+            "decay",
+            "linear-scan",
+            "mixers",
+            "chunks",
+            "parts",
+        ],
         tyro.conf.Positional,
     ]
-    """The operation: the selective scan, one Mamba block, a training step, a prompt, or one token at a time; the scan
+    """The operation: the selective scan, one Mamba block, a training step, a prompt, or one token at a time; that of
+    Transformers' own models with Mamba layers, by themselves and enabled; memory while a model is read; the scan
     against attention by length; generation against a Transformer by batch; memory of training by batch (GPU);
-    outer-product recurrences with decay; every mixer by length."""
+    outer-product recurrences with decay; first-order recurrences; every mixer by length; memory of one long sequence at
+    once and by chunks; bytes that every mixer exchanges where processes share sequences (CPU)."""
 
     shape: tuple[str, ...] = ()
     """Shapes such as 1,2048,1536,16. Axes: scan and lengths batch,length,channels,state; block batch,length,d_model;
-    train and memory layers,d_model,vocabulary,batch,length; prefill layers,d_model,vocabulary,tokens; decode
-    layers,d_model,vocabulary,batch,tokens; throughput layers,d_model,vocabulary,batch,prompt,tokens; decay
-    batch,length,heads,d_k,d_v; mixers batch,length,d_model."""
+    train and memory layers,d_model,vocabulary,batch,length; prefill layers,d_model,vocabulary,tokens; decode and
+    families layers,d_model,vocabulary,batch,tokens; loading layers,d_model,vocabulary; throughput
+    layers,d_model,vocabulary,batch,prompt,tokens; decay batch,length,heads,d_k,d_v; linear-scan batch,length,channels;
+    mixers batch,length,d_model; chunks layers,d_model,vocabulary,length,chunk; parts processes,length,d_model."""
 
     size: tuple[Literal["130m", "370m", "790m", "1.4b", "2.8b"], ...] = ()
     """Instead of shapes of whole models: their default shapes, at published sizes."""
@@ -102,7 +121,7 @@ def run(options: Options, console: Console | None = None) -> int:
                 deadline=math.inf if options.minutes is None else time.monotonic() + 60 * options.minutes,
                 progress=lambda message: status.update(escape(message)),
             )
-            report: Report = importlib.import_module(f"longscan.bench.{options.what}").run(settings)
+            report: Report = importlib.import_module(f"longscan.bench.{options.what.replace('-', '_')}").run(settings)
     finally:
         torch.set_num_threads(before)
     for group in report.groups():

@@ -75,23 +75,25 @@ def load_run(folder: Path, device: str, weights: str = "saved") -> tuple[Any, An
     from longscan.models.pretrained import WEIGHTS_FILE, load_weights
     from longscan.nn.storage import load_tensors
     from longscan.tasks.tokenizers import BYTES, TOKENIZER_FILE, load_tokenizer
-    from longscan.training.checkpoint import newest_sound
+    from longscan.training.checkpoint import read_weights
     from longscan.training.loop import CHECKPOINTS_FOLDER
     from longscan.training.runs import read_run
+    from longscan.training.sealed import newest_sound
 
     config = read_run(folder)
     device = choose_device(device)
-    source = folder
-    if not (folder / WEIGHTS_FILE).is_file():
+    if (folder / WEIGHTS_FILE).is_file():
+        tensors, path = load_tensors(folder / WEIGHTS_FILE, device)[0], folder / WEIGHTS_FILE
+    else:
         newest, faults = newest_sound(folder / CHECKPOINTS_FOLDER)
         if newest is None:
             why = "; ".join(faults) or "it has no checkpoint yet"
             raise CheckpointError(f"{folder} has no model: {why}; train on with: longscan train --resume {folder}")
-        source = newest
+        tensors, path = read_weights(newest)
     with torch.device("meta"):
         model = LanguageModel(LanguageModelConfig.from_dict(config["model"]))
-    path = source / WEIGHTS_FILE
-    load_weights(model, load_tensors(path, device)[0], path)
+    load_weights(model, tensors, path)
+    model.to(device)
     if weights != "saved":
         model.quantize(weights)
     name = config["text"]["tokenizer"]

@@ -85,6 +85,10 @@ class Display:
             yield lambda done: progress.update(task, completed=done)
 
     def stepped(self, row: dict[str, Any]) -> None:
+        if "left_out" in row:
+            norm = f"norm {row['gradient_norm']:.3g}" if "gradient_norm" in row else "no number"
+            self.warned(f"step {row['step']}: the update is left out, its gradient: {norm}")
+            return
         now = row["seconds"]
         if self._last is not None and now > self._last[0]:
             speed = (row["tokens"] - self._last[1]) / (now - self._last[0])

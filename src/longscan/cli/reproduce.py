@@ -6,6 +6,7 @@ import dataclasses
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -43,6 +44,8 @@ from longscan.tasks.audio import Waveforms
 from longscan.training.tasks import Point
 
 _PUBLISHED = "published.toml"
+# Systems that stand side by side in a table; more of them stand one below the other.
+_ABREAST = 10
 # Without a terminal: seconds between lines.
 _INTERVAL = 10.0
 
@@ -65,8 +68,13 @@ class Options:
     """The published setting, or one for two CPU cores; auto: the published one on a GPU."""
     only: str | None = None
     """Systems to run, with commas between; default: all of the experiment."""
+    sizes: str | None = None
+    """Sizes to run, where an experiment has several, with commas between; default: all."""
     data: str | None = None
     """Where the task's data are, if it reads some: a folder, or what else its option `data` takes."""
+    tokenizer: str | None = None
+    """Of a task over text: bytes; a tokenizer.json, a folder with one or a name on the Hugging Face Hub; or bpe:4096,
+    which is learnt from the text."""
     seed: int = 0
     """Of weights and data."""
     minutes: float | None = None
@@ -98,7 +106,7 @@ def run(options: Options, console: Console | None = None) -> int:
         raise ConfigError("name an experiment, as in `longscan reproduce induction-heads`; --list shows them")
     device = torch.device(_device(options.device))
     settings = _settings(options, options.name, device)
-    systems = _chosen(settings, options.only)
+    systems = _chosen(settings, options.only, options.sizes)
     ends = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     with Stop() as stop:
         for system in systems:
@@ -140,17 +148,33 @@ def _settings(options: Options, name: str, device: torch.device) -> Settings:
     scale = options.scale
     if scale == "auto":
         scale = "paper" if device.type == "cuda" else "here"
-    return read_settings(name, read_toml(options.experiments / f"{name}.toml"), scale, data=options.data)
+    given = {"data": options.data, "tokenizer": options.tokenizer}
+    changes = {key: value for key, value in given.items() if value is not None}
+    return read_settings(name, read_toml(options.experiments / f"{name}.toml"), scale, options=changes)
 
 
-def _chosen(settings: Settings, only: str | None) -> list[System]:
-    if only is None:
-        return list(settings.systems.values())
-    names = [name.strip() for name in only.split(",")]
+def _chosen(settings: Settings, only: str | None, sizes: str | None) -> list[System]:
+    """The systems of these families or names, in these sizes; the order is the command line's."""
+    every = list(settings.systems.values())
+    families = list(dict.fromkeys(system.family for system in every))
+    of_size = _names_in("--sizes", settings.name, sizes, [system.size for system in every])
+    chosen = _names_in("--only", settings.name, only, families, [system.name for system in every])
+    return [
+        system for name in chosen for system in every if name in (system.family, system.name) and system.size in of_size
+    ]
+
+
+def _names_in(flag: str, experiment: str, given: str | None, *known: Sequence[str]) -> list[str]:
+    """The names given with commas between, or all of the first kind that is known."""
+    if given is None:
+        return list(dict.fromkeys(known[0]))
+    names = [name.strip() for name in given.split(",")]
     for name in names:
-        if name not in settings.systems:
-            raise ConfigError(f"--only: {settings.name} has no {name!r}, it has {', '.join(settings.systems)}")
-    return [settings.systems[name] for name in names]
+        if not any(name in kind for kind in known):
+            raise ConfigError(
+                f"{flag}: {experiment} has no {name!r}, it has {', '.join(dict.fromkeys(known[0])) or 'none'}"
+            )
+    return names
 
 
 def _work(run: Run, stop: Stop, ends: float | None, console: Console) -> bool:
@@ -196,13 +220,14 @@ def _list(options: Options) -> Table:
         results = read_results(options.results, name)
         for scale in SCALES:
             settings = read_settings(name, values, scale)
-            done = dict.fromkeys(result.system for result in results if result.scale == scale)
+            done = {result.system: result.family or result.system for result in results if result.scale == scale}
+            names = escape(", ".join(dict.fromkeys(done.values())))
             first = scale == SCALES[0]
             table.add_row(
                 f"[bold]{name.replace('_', '-')}[/]" if first else escape(settings.title),
                 scale,
                 escape(settings.cost),
-                f"{len(done)} of {len(settings.systems)}{': ' if done else ''}{escape(', '.join(done))}",
+                f"{len(done)} of {len(settings.systems)}{': ' if done else ''}{names}",
                 end_section=not first,
             )
     return table
@@ -219,15 +244,18 @@ def _table(settings: Settings, results: list[Result], published: Published | Non
         pad_edge=False,
     )
     own = [result for result in results if result.scale == settings.scale]
-    table.add_column(settings.task.axis, justify="right")
-    for result in own:
-        table.add_column(escape(result.label), justify="right")
-    bounded = any(result.best for result in own)
-    if bounded:
-        table.add_column("the best possible", justify="right")
-    for key in sorted({int(key) for result in own for key in result.figures}):
-        cells = [figure_cell(result, key, published) for result in own]
-        table.add_row(f"{key:,}", *cells, *([best_cell(own, key)] if bounded else []))
+    keys = sorted({int(key) for result in own for key in result.figures})
+    head = [settings.task.axis, *(escape(result.label) for result in own)]
+    rows = [[f"{key:,}", *(figure_cell(result, key, published) for result in own)] for key in keys]
+    if any(result.best for result in own):
+        head.append("the best possible")
+        rows = [[*row, best_cell(own, key)] for row, key in zip(rows, keys, strict=True)]
+    if len(own) > _ABREAST:
+        head, *rows = (list(row) for row in zip(head, *rows, strict=True))
+    for column in head:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -67,6 +68,10 @@ class Options:
     """Go on with this run from its last checkpoint; other options must be as they were."""
     sample: int = 400
     """Tokens of the sample at the end; 0: none."""
+    nproc: int = 1
+    """Processes to train with on this machine, each with a GPU of its own if there are any; as torchrun starts them."""
+    max_restarts: int = 0
+    """With `nproc`: start the processes anew so many times if one dies; they go on from the last checkpoint."""
 
 
 def parse(arguments: list[str], prog: str) -> Options:
@@ -91,7 +96,9 @@ def parse(arguments: list[str], prog: str) -> Options:
         ours = dataclasses.replace(chosen, config=saved.config, resume=saved.resume)
         if chosen.config is not None:
             ours = merge(ours, read_toml(chosen.config), str(chosen.config))
-        changed = differences(saved, dataclasses.replace(ours, sample=saved.sample))
+        # How many processes go on is free, and so is the sample.
+        same = dataclasses.replace(ours, sample=saved.sample, nproc=saved.nproc, max_restarts=saved.max_restarts)
+        changed = differences(saved, same)
         if changed:
             raise ConfigError(f"--resume {resume} goes on with its own configuration, but {'; '.join(changed)}")
         return dataclasses.replace(ours, resume=Path(resume))
@@ -150,6 +157,14 @@ def saved_options(folder: Path) -> Options:
 
 def run(options: Options) -> int:
     """Train, measure, sample. Exit code 0; 130 or 143 after a stop by Ctrl-C or SIGTERM, with everything saved."""
+    if options.nproc < 1 or options.max_restarts < 0:
+        raise ConfigError(
+            f"nproc must be at least 1 and max_restarts not negative, got {options.nproc} and {options.max_restarts}"
+        )
+    if options.nproc > 1 and "WORLD_SIZE" not in os.environ:
+        from longscan.cli.launch import launch
+
+        return launch(options.nproc, options.max_restarts)
     import torch
 
     from longscan.cli.progress import Display
@@ -159,9 +174,7 @@ def run(options: Options) -> int:
         if device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = True
         job = Job(options, ranks, device, stop, display)
-        finished = job.prepare() and job.train() and (not ranks.first or job.finish())
-        # The others wait here while the first evaluates: leaving would end it too.
-        ranks.wait()
+        finished = job.prepare() and job.train() and job.finish()
         if finished:
             return 0
         display.line(f"stopped; go on with: [bold]longscan train --resume {job.folder}[/]")
@@ -213,6 +226,7 @@ class Job:
         from longscan.tasks.text import prepare
         from longscan.training import Batches, Stepper, create_run, read_run
 
+        self._rejoin()
         options, display = self._options, self._display
         # The first process builds the corpus, the others find it in the cache.
         for turn in (True, False):
@@ -264,12 +278,28 @@ class Job:
         self.training = training
         if self._stop():
             raise KeyboardInterrupt
-        if options.resume is None and self._ranks.first:
-            self.folder = create_run(options.runs, options.name, self._description(shape, training))
-            self.tokenizer.save(self.folder)
-            display.line(f"run: [bold]{self.folder}[/]")
-        self._ranks.wait()
+        if options.resume is None:
+            if self._ranks.first:
+                self.folder = create_run(options.runs, options.name, self._description(shape, training))
+                self.tokenizer.save(self.folder)
+                display.line(f"run: [bold]{self.folder}[/]")
+            self.folder = self._ranks.share(self.folder)  # its name may have got a number
         return True
+
+    def _rejoin(self) -> None:
+        """Processes that torchrun has started anew go on with the run that those before them have made."""
+        from longscan.training.distributed import launch_id, restarts
+        from longscan.training.runs import find_launched
+
+        launch = launch_id()
+        if self._options.resume is not None or launch is None or not restarts():
+            return
+        folder = self._ranks.share(find_launched(self._options.runs, self._options.name, launch))
+        if folder is not None:
+            kept = {"sample": self._options.sample, "resume": folder}
+            self._options = dataclasses.replace(saved_options(folder), **kept)
+            self.folder = folder
+            self._display.line(f"started anew: going on with [bold]{folder}[/]")
 
     def _evaluation_seconds(self) -> float:
         """How long the whole held-out part will take, from two shorter passes over its beginning."""
@@ -285,6 +315,7 @@ class Job:
 
     def _description(self, shape: Any, training: TrainConfig) -> dict[str, Any]:
         from longscan import __version__
+        from longscan.training.distributed import launch_id
 
         text = dataclasses.asdict(self._options.text)
         for key in ("data", "tokenizer"):
@@ -298,6 +329,7 @@ class Job:
             "training": dataclasses.asdict(training),
             "corpus": self.corpus.describe(),
             "device": self._device.type,
+            "launch": launch_id(),
         }
 
     def _same_corpus(self, saved: dict[str, Any]) -> None:
@@ -311,6 +343,7 @@ class Job:
         """All steps, from the last checkpoint on."""
         from longscan.evaluation import nats_by_position
         from longscan.training import Trainer
+        from longscan.training.runs import hold
 
         training, corpus = self.training, self.corpus
         assert training.steps is not None
@@ -336,11 +369,20 @@ class Job:
             estimate=estimate,
             should_stop=self._stop,
         )
-        with self._display.training(training.steps):
+        held = hold(self.folder) if self._ranks.first else contextlib.nullcontext()
+        with held, self._display.training(training.steps):
             return trainer.run()
 
     def finish(self) -> bool:
         """Weights, held-out bits per byte, curve and sample."""
+        from longscan.training import gather
+
+        whole = gather(self.model, self._ranks)
+        finished = whole is None or not self._ranks.first or self._measure(whole)
+        # The others wait here while the first evaluates: leaving would end it too.
+        return bool(self._ranks.share(finished))
+
+    def _measure(self, model: Any) -> bool:
         from longscan.cli.evaluate import measure
         from longscan.cli.generate import stream_sample
         from longscan.nn.storage import write_text
@@ -348,7 +390,7 @@ class Job:
         from longscan.training.checkpoint import save_weights
         from longscan.training.metrics import METRICS_FILE, read_metrics
 
-        save_weights(self.model, self.folder / "model.safetensors")
+        save_weights(model, self.folder / "model.safetensors")
         try:
             with self._display.fraction("held-out part") as progress:
 
@@ -357,7 +399,7 @@ class Job:
                         raise _Stopped
                     progress(done)
 
-                report = measure(self.model, self.corpus, precision=self.training.precision, progress=tell)
+                report = measure(model, self.corpus, precision=self.training.precision, progress=tell)
         except _Stopped:
             return False
         write_text(self.folder / "held_out.json", json.dumps(report, indent=2) + "\n")
@@ -371,6 +413,6 @@ class Job:
         if self._options.sample:
             prompt = "def " if self._options.text.data == "stdlib" else ""
             self._display.line(f"a sample{f' after {prompt!r}' if prompt else ''}:")
-            stream_sample(self.model, self.tokenizer, prompt, sys.stdout, max_tokens=self._options.sample, seed=0)
+            stream_sample(model, self.tokenizer, prompt, sys.stdout, max_tokens=self._options.sample, seed=0)
         self._display.line(f"more: [bold]longscan generate {self.folder} --prompt {'def '!r}[/]")
         return True

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from longscan.models import LanguageModel
 from longscan.tasks.task import Task
+from longscan.training.stepper import autocast
 from longscan.training.tasks import TaskModel, task_scores
 
 # Places that go through a model at once, and that are drawn at once.
@@ -18,7 +19,13 @@ _WHOLE = 1 << 14
 
 @torch.no_grad()
 def evaluate_task(
-    model: TaskModel, task: Task, *, length: int | None = None, sequences: int = 512, seed: int = 0
+    model: TaskModel,
+    task: Task,
+    *,
+    length: int | None = None,
+    sequences: int = 512,
+    seed: int = 0,
+    precision: str = "float32",
 ) -> float:
     """The figure of the task's metric.
 
@@ -29,6 +36,7 @@ def evaluate_task(
             language model, with the length but for the tokens themselves and what the mixer has to keep (attention:
             everything).
         seed: of the data; no seed gives what another seed's training saw.
+        precision: "float32" or "bfloat16" (autocast).
     """
     device = next(model.parameters()).device
     length = task.length if length is None else length
@@ -41,10 +49,11 @@ def evaluate_task(
     trains = model.training
     model.eval()
     for inputs, targets in task.tests(length, sequences, batch, device, seed):
-        if isinstance(model, LanguageModel):
-            scores = last_scores(model, inputs, task.answers(length), cut)
-        else:
-            scores = task_scores(model, task, inputs, length)
+        with autocast(device, precision):
+            if isinstance(model, LanguageModel):
+                scores = last_scores(model, inputs, task.answers(length), cut)
+            else:
+                scores = task_scores(model, task, inputs, length)
         judged = [value if value.dtype == torch.int64 else value.double() for value in task.judge(scores, targets)]
         sums = tuple(old + new for old, new in zip(sums, judged, strict=True)) if sums else tuple(judged)
     model.train(trains)

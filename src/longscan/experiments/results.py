@@ -19,6 +19,7 @@ class Result:
 
     Args:
         experiment, title, scale, system, label, seed: what it is.
+        family, size: of the system, where an experiment has sizes.
         task: its name and options.
         recipe: of model and training; ``mixer`` beside it.
         published: name of the table of published figures.
@@ -40,6 +41,8 @@ class Result:
     scale: str
     system: str
     label: str
+    family: str = ""
+    size: str = ""
     seed: int
     task: Mapping[str, Any]
     mixer: Any

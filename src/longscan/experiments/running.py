@@ -107,13 +107,22 @@ class Run:
         for index, length in enumerate(left):
             # After the first: however short the pieces are, each gets on.
             if index and should_stop():
+                self._save()
                 return False
             begin = time.monotonic()
             self.figures[str(length)] = evaluate_task(
-                self.model, self.settings.task, length=length, sequences=self.settings.sequences, seed=self.seed
+                self.model,
+                self.settings.task,
+                length=length,
+                sequences=self.settings.sequences,
+                seed=self.seed,
+                precision=self.system.recipe.precision,
             )
             self.test_seconds += time.monotonic() - begin
             tell(None, self.figures)
+            if time.monotonic() - self._saved > _SECONDS:
+                self._save()
+        if left:
             self._save()
         return True
 
@@ -154,6 +163,8 @@ class Run:
             scale=settings.scale,
             system=self.system.name,
             label=self.system.label,
+            family=self.system.family,
+            size=self.system.size,
             seed=self.seed,
             task=self._task(),
             mixer=_plain(self.system.mixer),

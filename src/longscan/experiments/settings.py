@@ -15,8 +15,8 @@ from longscan.tasks.task import Recipe, Task
 SCALES = ("paper", "here")
 
 _EXPERIMENT = ("title", "task", "published", "systems", *SCALES)
-_SCALE = ("cost", "task", "recipe", "lengths", "sequences", "until")
-_SYSTEM = ("label", "mixer", "recipe", "longest", *SCALES)
+_SCALE = ("cost", "task", "recipe", "sizes", "lengths", "sequences", "until")
+_SYSTEM = ("label", "mixer", "recipe", "depth", "longest", *SCALES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +29,7 @@ class System:
         mixer: of every layer, or several names that the layers cycle over.
         recipe: model and training.
         longest: length (or key) beyond which it is not tested (its memory or time grows too fast); None: any.
+        family, size: what it is one size of, and which; no size where an experiment has none.
     """
 
     name: str
@@ -36,6 +37,8 @@ class System:
     mixer: str | tuple[str, ...]
     recipe: Recipe
     longest: int | None = None
+    family: str = ""
+    size: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,16 +73,19 @@ class Settings:
         return [length for length in self.lengths if system.longest is None or length <= system.longest]
 
 
-def read_settings(name: str, values: Mapping[str, Any], scale: str, *, data: str | None = None) -> Settings:
+def read_settings(
+    name: str, values: Mapping[str, Any], scale: str, *, options: Mapping[str, Any] | None = None
+) -> Settings:
     """An experiment at a scale, from the content of its file.
 
-    Recipes are put together from the task's own, the scale's, the system's, and the system's at this scale; the later
-    ones win.
+    Recipes are put together from the task's own, the scale's, the size's, the system's, and the system's at this scale;
+    the later ones win. A scale's ``sizes`` are recipes by name, and every system is trained in each of them; with a
+    system's ``depth`` it has so many layers for each one of the recipe.
 
     Args:
         name, values: of the experiment.
         scale: one of :data:`SCALES`.
-        data: instead of the task's own option of that name: where its data are.
+        options: of the task, instead of those in the file.
 
     Raises:
         ConfigError: a key is unknown or missing, or a value is not allowed.
@@ -95,10 +101,16 @@ def read_settings(name: str, values: Mapping[str, Any], scale: str, *, data: str
     _check(at, _SCALE, f"{where}, [{scale}]")
     kind = TASKS[values["task"]]
     try:
-        task = kind(**{**at.get("task", {}), **({} if data is None else {"data": data})})
+        task = kind(**{**at.get("task", {}), **(options or {})})
     except (ArgumentError, TypeError) as error:
         raise ConfigError(f"{where}, [{scale}.task]: {error}") from error
     recipe = _changed(kind.recipe, at.get("recipe", {}), f"{where}, [{scale}.recipe]")
+    systems = {}
+    for size, changes in at.get("sizes", {"": {}}).items():
+        of_size = _changed(recipe, changes, f"{where}, [{scale}.sizes.{size}]")
+        for family, system in values["systems"].items():
+            made = _system(family, size, system, of_size, scale, f"{where}, [systems.{family}]")
+            systems[made.name] = made
     return Settings(
         name=name,
         title=values["title"],
@@ -109,25 +121,25 @@ def read_settings(name: str, values: Mapping[str, Any], scale: str, *, data: str
         lengths=tuple(at.get("lengths", [task.length])),
         sequences=at.get("sequences", 512),
         until=at.get("until", 0.0),
-        systems={
-            key: _system(key, system, recipe, scale, f"{where}, [systems.{key}]")
-            for key, system in values["systems"].items()
-        },
+        systems=systems,
     )
 
 
-def _system(name: str, values: Mapping[str, Any], recipe: Recipe, scale: str, where: str) -> System:
+def _system(family: str, size: str, values: Mapping[str, Any], recipe: Recipe, scale: str, where: str) -> System:
     _check(values, _SYSTEM, where)
     own = values.get(scale, {})
     _check(own, ("recipe", "longest"), f"{where}, {scale}")
     recipe = _changed(recipe, values.get("recipe", {}), where)
-    mixer = values.get("mixer", name)
+    recipe = _changed(recipe, own.get("recipe", {}), where)
+    mixer = values.get("mixer", family)
     return System(
-        name=name,
-        label=values.get("label", name),
+        name=f"{family}-{size}" if size else family,
+        label=f"{values.get('label', family)} {size}".rstrip(),
         mixer=tuple(mixer) if isinstance(mixer, list) else mixer,
-        recipe=_changed(recipe, own.get("recipe", {}), where),
+        recipe=dataclasses.replace(recipe, n_layer=recipe.n_layer * values.get("depth", 1)),
         longest=own.get("longest", values.get("longest")),
+        family=family,
+        size=size,
     )
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from longscan.errors import ArgumentError
 from longscan.nn.mixer import SequenceMixer, check_batch
 from longscan.nn.rotary import rotate
+from longscan.nn.sequence_parallel import SequencePart, current_part
 from longscan.nn.state import State
 
 
@@ -62,6 +63,8 @@ class Attention(SequenceMixer):
         bias: whether the projections have biases.
     """
 
+    undivided = None
+
     def __init__(
         self,
         d_model: int,
@@ -98,6 +101,9 @@ class Attention(SequenceMixer):
     ) -> tuple[Tensor, AttentionState | None]:
         self.check_input(x, state, cu_seqlens, AttentionState)
         before = state if isinstance(state, AttentionState) else None
+        part = current_part()
+        if part is not None:
+            return self._divided(x, part, cu_seqlens), None
         if cu_seqlens is not None:
             return self._packed(x, before, cu_seqlens)
         queries, keys, values = self._project(x)
@@ -135,6 +141,30 @@ class Attention(SequenceMixer):
             if own is not None:
                 states.append(own)
         return torch.cat(outputs, dim=1), AttentionState.cat(states) if before is not None else None
+
+    def _divided(self, x: Tensor, part: SequencePart, cu_seqlens: Tensor | None) -> Tensor:
+        """This process's queries over all earlier keys and values, which go from every process to all later ones.
+
+        As in Llama 3's training (arXiv 2407.21783, section 3.3.2): of the length, keys and values alone are whole.
+        """
+        from torch.nn.attention.bias import causal_lower_right  # brings the compiler with it
+
+        segments = part.segments(x, cu_seqlens)
+        queries, keys, values = self._project(x)
+        offsets = [0, x.shape[1]] if segments.cu_seqlens is None else segments.cu_seqlens.tolist()
+        # Where the sequence began in which each of this part's lies: the first may have begun in an earlier part.
+        begins = [segments.begin(part.start + offset) for offset in offsets[:-1]]
+        lengths = torch.tensor([end - start for start, end in itertools.pairwise(offsets)])
+        positions = torch.arange(part.start, part.end) - torch.tensor(begins).repeat_interleave(lengths)
+        queries, keys = (rotate(t, positions.to(x.device)[None], self.rotary_base) for t in (queries, keys))
+        keys, values = part.all_before(keys, 2), part.all_before(values, 2)
+        outputs = []
+        for begin, (start, end) in zip(begins, itertools.pairwise(offsets), strict=True):
+            own, seen = queries[:, :, start:end], slice(begin, part.start + end)
+            # Queries are the last of what they see.
+            mask = None if begin == part.start + start else causal_lower_right(end - start, part.start + end - begin)
+            outputs.append(self._attend(own, keys[:, :, seen], values[:, :, seen], mask))
+        return self._merge(torch.cat(outputs, dim=2))
 
     def step(self, x: Tensor, state: State, *, inplace: bool = False) -> tuple[Tensor, AttentionState]:
         if not inplace or torch.is_grad_enabled():

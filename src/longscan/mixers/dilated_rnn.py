@@ -26,6 +26,8 @@ from longscan.errors import ArgumentError
 from longscan.nn.mixer import SequenceMixer, check_batch
 from longscan.nn.packing import over_rows
 from longscan.nn.recurrent import Recurrence
+from longscan.nn.relay import relay
+from longscan.nn.sequence_parallel import current_part
 from longscan.nn.state import State
 
 
@@ -53,6 +55,8 @@ class DilatedRNN(SequenceMixer):
         d_hidden: width of every layer; default: d_model. Of another width, the output is projected.
         bias: whether there are biases.
     """
+
+    undivided = None
 
     def __init__(
         self,
@@ -83,6 +87,8 @@ class DilatedRNN(SequenceMixer):
         self, x: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, DilatedRNNState | None]:
         self.check_input(x, state, cu_seqlens, DilatedRNNState)
+        if current_part() is not None:
+            return relay(self, x, cu_seqlens), None
         before = state if isinstance(state, DilatedRNNState) else None
         if cu_seqlens is not None:
             return over_rows(self._walk, x, before, cu_seqlens)

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from longscan.errors import ArgumentError
 from longscan.nn.diagonal_ssm import DiagonalSSM
 from longscan.nn.mixer import SequenceMixer, check_batch, keep_float32, no_weight_decay
+from longscan.nn.recurrences import causal_conv1d
 from longscan.nn.state import State
-from longscan.ops import causal_conv1d, causal_conv1d_update
+from longscan.ops import causal_conv1d_update
 from longscan.statespace import diagonal, discretise, log_uniform_steps
 from longscan.statespace.discretisation import METHODS
 
@@ -55,6 +56,8 @@ class H3(SequenceMixer):
     Attributes:
         The parameters of both SSMs stay float32 when the module is converted to bfloat16 or float16.
     """
+
+    undivided = None
 
     def __init__(
         self,

@@ -8,24 +8,34 @@ Gu, Dao, Ermon, Rudra and Re 2020 (arXiv 2008.07669), section 4 and appendix F, 
 
 With LegS the system is ``m' = (A m + B u) / t``: step t of the sequence is a step of 1 / t, so that all of the past is
 remembered evenly, whatever its length, and there is no time scale to choose. Other measures have a window.
+
+The systems of many steps are solved at once. The walk is then products and gates, and what it keeps for its gradient is
+h and m of every step.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from longscan.errors import ArgumentError
 from longscan.nn.mixer import SequenceMixer, check_batch, keep_float32
-from longscan.nn.packing import over_rows
+from longscan.nn.packing import after_own_length, over_rows
+from longscan.nn.relay import relay
+from longscan.nn.sequence_parallel import current_part
 from longscan.nn.state import State
 from longscan.statespace import discretise_dense, transition
 from longscan.statespace.discretisation import ALPHAS
 
 # The explicit Euler step is left out: it explodes while t is below the order.
 METHODS = ("bilinear", "backward_euler")
+
+# Of the matrices of many steps: numbers that are held at a time.
+_NUMBERS = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +64,7 @@ class HiPPO(SequenceMixer):
         A, B: (order, order) and (order,), float32 buffers. Not trained.
     """
 
+    undivided = None
     A: Tensor
     B: Tensor
 
@@ -102,6 +113,8 @@ class HiPPO(SequenceMixer):
         self, x: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, HiPPOState | None]:
         self.check_input(x, state, cu_seqlens, HiPPOState)
+        if current_part() is not None:
+            return relay(self, x, cu_seqlens), None
         before = state if isinstance(state, HiPPOState) else None
         if cu_seqlens is not None:
             return over_rows(self._walk, x, before, cu_seqlens)
@@ -114,27 +127,40 @@ class HiPPO(SequenceMixer):
         clock = torch.zeros(1, device=x.device, dtype=torch.int64) if before is None else before.lengths
         if before is None:
             before = self.initial_state(x.shape[0], x.device)
-        memory, hidden = before.memory, before.hidden
+        elif clock.device.type == "cpu" and not torch.compiler.is_compiling() and (clock == clock[0]).all():
+            clock = clock[:1]
         projected = self.in_proj(x)
-        outputs = []
         with torch.autocast(x.device.type, enabled=False):
-            wide = memory.dtype
-            W_u, W_m = (layer.weight.to(wide).T for layer in (self.encoder, self.memory_proj))
-            going = None if lengths is None else lengths.to(x.device)[:, None]
-            for place, own in enumerate(projected.to(wide).unbind(1)):
-                u, gate, new = own.split([self.d_memory, self.d_hidden, self.d_hidden], dim=-1)
-                now = self.remember(memory, u + hidden @ W_u, clock + place)
-                more_gate, more_new = (now.flatten(-2) @ W_m).chunk(2, dim=-1)
-                h = torch.lerp(hidden, torch.tanh(new + more_new), torch.sigmoid(gate + more_gate))
-                outputs.append(h)
-                if going is not None:
-                    now = torch.where(going[..., None] > place, now, memory)
-                    h = torch.where(going > place, h, hidden)
-                memory, hidden = now, h
-            y = torch.stack(outputs, dim=1).to(x.dtype)
+            wide = before.memory.dtype
+            hidden, memory = _Walk.apply(
+                projected.to(wide),
+                before.memory,
+                before.hidden,
+                self.encoder.weight.to(wide).T,
+                self.memory_proj.weight.to(wide).T,
+                _Systems(self.A, self.B, clock, ALPHAS[self.discretisation] if self.measure == "legs" else None),
+            )
         steps = x.shape[1] if lengths is None else lengths.to(x.device)
-        after = HiPPOState(memory, hidden, before.lengths + steps)
+        after = HiPPOState(
+            after_own_length(memory, before.memory, lengths),
+            after_own_length(hidden, before.hidden, lengths),
+            before.lengths + steps,
+        )
+        y = hidden.to(x.dtype)
         return y if self.out_proj is None else self.out_proj(y), after
+
+    def step(self, x: Tensor, state: State, *, inplace: bool = False) -> tuple[Tensor, HiPPOState]:
+        self.check_input(x.unsqueeze(1), state, None, HiPPOState)
+        assert isinstance(state, HiPPOState)
+        own = self.in_proj(x)
+        with torch.autocast(x.device.type, enabled=False):
+            wide = state.memory.dtype
+            u, gates = own.to(wide).split([self.d_memory, 2 * self.d_hidden], dim=1)
+            u = torch.addmm(u, state.hidden, self.encoder.weight.to(wide).T)
+            memory = self.remember(state.memory, u, state.lengths)
+            hidden = _gated(state.hidden, memory, gates, self.memory_proj.weight.to(wide).T)
+        y = hidden.to(x.dtype)
+        return y if self.out_proj is None else self.out_proj(y), HiPPOState(memory, hidden, state.lengths + 1)
 
     def remember(self, memory: Tensor, u: Tensor, clock: Tensor) -> Tensor:
         """One step of the memory: m_t of m_t-1 (batch, d_memory, order) and u_t (batch, d_memory).
@@ -166,3 +192,97 @@ class HiPPO(SequenceMixer):
 
     def extra_repr(self) -> str:
         return f"{self.d_model}, d_hidden={self.d_hidden}, order={self.order}, measure={self.measure!r}"
+
+
+def _gated(hidden: Tensor, memory: Tensor, gates: Tensor, W_m: Tensor) -> Tensor:
+    """The next h (batch, d_hidden), of the last one, m (batch, d_memory, order) and x's part of g and the new h."""
+    gate, new = torch.addmm(gates, memory.flatten(1), W_m).chunk(2, dim=1)
+    return torch.lerp(hidden, torch.tanh(new), torch.sigmoid(gate))
+
+
+class _Systems(NamedTuple):
+    """The matrices of all steps: constant, where alpha is None, or of the step 1 / t."""
+
+    A: Tensor
+    B: Tensor
+    clock: Tensor
+    alpha: float | None
+
+    def stretches(self, length: int) -> list[slice]:
+        """Steps whose matrices are held at a time."""
+        size = length if self.alpha is None else max(1, _NUMBERS // (len(self.clock) * self.A.numel()))
+        return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+    def of(self, steps: slice) -> list[tuple[Tensor, Tensor]]:
+        """Of each step A_bar^T, (order, order) or (batch, order, order), and B_bar, (order,) or (batch, 1, order)."""
+        if self.alpha is None:
+            return [(self.A.T, self.B)] * (steps.stop - steps.start)
+        times = self.clock[:, None] + torch.arange(steps.start + 1, steps.stop + 1, device=self.A.device)
+        rate = 1 / times.to(self.A.dtype)[..., None, None]
+        unit = torch.eye(len(self.A), dtype=self.A.dtype, device=self.A.device)
+        right = torch.cat((unit + (1 - self.alpha) * rate * self.A, rate * self.B[:, None]), dim=-1)
+        # A is lower triangular.
+        solved = torch.linalg.solve_triangular(unit - self.alpha * rate * self.A, right, upper=False)
+        A_bar, B_bar = solved[..., :-1].mT, solved[..., -1]
+        if len(self.clock) == 1:
+            return list(zip(A_bar[0].unbind(0), B_bar[0].unbind(0), strict=True))
+        return list(zip(A_bar.unbind(1), B_bar[:, :, None].unbind(1), strict=True))
+
+
+class _Walk(torch.autograd.Function):
+    """The recurrence, with a gradient that takes those of the weights from all steps at once."""
+
+    @staticmethod
+    def forward(
+        projected: Tensor, memory: Tensor, hidden: Tensor, W_u: Tensor, W_m: Tensor, systems: _Systems
+    ) -> tuple[Tensor, Tensor]:
+        """h (batch, length, d_hidden) and m (batch, length, d_memory, order) after every step."""
+        d_memory, d_hidden = memory.shape[1], hidden.shape[1]
+        memories, hiddens = [], []
+        for steps in systems.stretches(projected.shape[1]):
+            for (A_bar, B_bar), own in zip(systems.of(steps), projected[:, steps].unbind(1), strict=True):
+                u, gates = own.split([d_memory, 2 * d_hidden], dim=1)
+                u = torch.addmm(u, hidden, W_u)
+                memory = torch.addcmul(memory @ A_bar, u[..., None], B_bar)
+                hidden = _gated(hidden, memory, gates, W_m)
+                memories.append(memory)
+                hiddens.append(hidden)
+        return torch.stack(hiddens, dim=1), torch.stack(memories, dim=1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, ctx.systems = inputs
+        ctx.save_for_backward(*tensors, *output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dhiddens: Tensor, dmemories: Tensor) -> tuple[Tensor | None, ...]:
+        projected, memory, hidden, W_u, W_m, hiddens, memories = ctx.saved_tensors
+        systems: _Systems = ctx.systems
+        before = torch.cat((hidden[:, None], hiddens[:, :-1]), dim=1)
+        gate, new = (projected[..., memory.shape[1] :] + memories.flatten(2) @ W_m).chunk(2, dim=-1)
+        gate, new = torch.sigmoid(gate), torch.tanh(new)
+        kept = 1 - gate
+        slopes = torch.cat(((new - before) * gate * kept, gate * (1 - new.square())), dim=-1)
+        dhidden, dmemory, found = torch.zeros_like(hidden), torch.zeros_like(memory), []
+        parts = [part.unbind(1) for part in (dhiddens, dmemories.flatten(2), slopes, kept)]
+        for steps in reversed(systems.stretches(projected.shape[1])):
+            for place, (A_bar, B_bar) in reversed(list(enumerate(systems.of(steps), steps.start))):
+                from_h, from_m, slope, keep = (part[place] for part in parts)
+                dhidden = dhidden + from_h
+                dgates = torch.cat((dhidden, dhidden), dim=1) * slope
+                dmemory = dmemory + torch.addmm(from_m, dgates, W_m.T).view_as(memory)
+                du = (dmemory * B_bar).sum(-1)
+                found.append(torch.cat((du, dgates), dim=1))
+                dmemory = dmemory @ A_bar.mT
+                dhidden = torch.addmm(dhidden * keep, du, W_u.T)
+        dprojected = torch.stack(found, dim=1).flip(1)
+        du, dgates = dprojected.flatten(0, 1).tensor_split([memory.shape[1]], dim=1)
+        return (
+            dprojected,
+            dmemory,
+            dhidden,
+            before.flatten(0, 1).T @ du,
+            memories.flatten(2).flatten(0, 1).T @ dgates,
+            None,
+        )

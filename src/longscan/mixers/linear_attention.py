@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from longscan.errors import ArgumentError
 from longscan.nn.mixer import SequenceMixer, check_batch
+from longscan.nn.recurrences import decay_attention
 from longscan.nn.state import State
-from longscan.ops import decay_attention, decay_attention_update
+from longscan.ops import decay_attention_update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,8 @@ class LinearAttention(SequenceMixer):
         eps: added to the sum of weights.
         bias: whether the projections have biases.
     """
+
+    undivided = None
 
     def __init__(
         self,

@@ -8,6 +8,9 @@ Voelker, Kajic and Eliasmith 2019 (Legendre Memory Units, NeurIPS), equations 1 
     m_t &= \bar A m_{t-1} + \bar B u_t \\
     h_t &= \tanh(W_x x_t + W_h h_{t-1} + W_m m_t)
 
+That is one matrix for (h, m) and, of every step, what x gives, computed beforehand. The walk is then a product and a
+tanh a step, and its gradient another product.
+
 The parallel form (Chilkuri and Eliasmith 2021, Parallelizing Legendre Memory Unit Training, ICML, equations 18 to 20)
 drops E_h, E_m and W_h. The memory is then linear and time-invariant, and all its steps are computed together.
 """
@@ -16,14 +19,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from longscan.errors import ArgumentError
 from longscan.nn.mixer import SequenceMixer, check_batch, keep_float32
-from longscan.nn.packing import over_rows
+from longscan.nn.packing import after_own_length, over_rows
+from longscan.nn.recurrences import time_invariant
+from longscan.nn.relay import relay
+from longscan.nn.sequence_parallel import current_part
 from longscan.nn.state import State
 from longscan.statespace import discretise_dense, transition
 
@@ -58,6 +66,7 @@ class LMU(SequenceMixer):
         A_bar, B_bar: (order, order) and (order,), float32 buffers: not trained, as in both papers.
     """
 
+    undivided = None
     A_bar: Tensor
     B_bar: Tensor
 
@@ -113,10 +122,23 @@ class LMU(SequenceMixer):
     ) -> tuple[Tensor, LMUState | None]:
         self.check_input(x, state, cu_seqlens, LMUState)
         before = state if isinstance(state, LMUState) else None
+        part = current_part()
+        if part is not None:
+            if not self.parallel:
+                return relay(self, x, cu_seqlens), None
+            entering, cu_seqlens = time_invariant(part, x, cu_seqlens, self._leave, self._advance)
+            before = LMUState(entering, None)
         if cu_seqlens is not None:
-            return over_rows(self._run, x, before, cu_seqlens)
-        y, after = self._run(x, before, None)
-        return y, None if before is None else after
+            y, after = over_rows(self._run, x, before, cu_seqlens)
+        else:
+            y, after = self._run(x, before, None)
+        return y, None if state is None else after
+
+    def _leave(self, x: Tensor) -> Tensor:
+        return self.remember(self.in_proj(x)[..., : self.d_memory])[:, -1]
+
+    def _advance(self, memory: Tensor, steps: int) -> Tensor:
+        return memory @ torch.linalg.matrix_power(self.A_bar, steps).T
 
     def _run(self, x: Tensor, before: LMUState | None, lengths: Tensor | None) -> tuple[Tensor, LMUState]:
         if before is None:
@@ -125,7 +147,7 @@ class LMU(SequenceMixer):
         if self.parallel:
             memory = self.remember(u, before.memory)
             y = torch.tanh(own + self.memory_proj(memory.flatten(-2).to(own.dtype)))
-            after = LMUState(_after(memory, before.memory, lengths), None)
+            after = LMUState(after_own_length(memory, before.memory, lengths), None)
         else:
             y, after = self._walk(u, own, before, lengths)
         y = y.to(x.dtype)
@@ -133,26 +155,29 @@ class LMU(SequenceMixer):
 
     def _walk(self, u: Tensor, own: Tensor, before: LMUState, lengths: Tensor | None) -> tuple[Tensor, LMUState]:
         """The recurrence, in float32: u (batch, length, d_memory) and own (batch, length, d_hidden) are x's parts."""
-        memory, hidden = before.memory, before.hidden
-        assert hidden is not None
-        outputs = []
+        assert before.hidden is not None
         with torch.autocast(u.device.type, enabled=False):
-            wide = memory.dtype
+            wide = before.memory.dtype
             encoder, W_h, W_m = (
                 layer.weight.to(wide).T for layer in (self.encoder, self.hidden_proj, self.memory_proj)
             )
-            going = None if lengths is None else lengths.to(u.device)[:, None]
-            steps = zip(u.to(wide).unbind(1), own.to(wide).unbind(1), strict=True)
-            for place, (signal, preactivation) in enumerate(steps):
-                signal = signal + torch.cat((hidden, memory.flatten(-2)), dim=-1) @ encoder
-                now = memory @ self.A_bar.T + signal[..., None] * self.B_bar
-                h = torch.tanh(preactivation + hidden @ W_h + now.flatten(-2) @ W_m)
-                outputs.append(h)
-                if going is not None:
-                    now = torch.where(going[..., None] > place, now, memory)
-                    h = torch.where(going > place, h, hidden)
-                memory, hidden = now, h
-        return torch.stack(outputs, dim=1), LMUState(memory, hidden)
+            # m of (h, m): what E_h and E_m write, and A_bar.
+            fade = torch.kron(torch.eye(self.d_memory, dtype=wide, device=u.device), self.A_bar).T
+            to_memory = (encoder[..., None] * self.B_bar).flatten(1) + F.pad(fade, (0, 0, self.d_hidden, 0))
+            to_hidden = to_memory @ W_m + F.pad(W_h, (0, 0, 0, fade.shape[0]))
+            written = (u.to(wide)[..., None] * self.B_bar).flatten(2)
+            states = _Walk.apply(
+                torch.cat((own.to(wide) + written @ W_m, written), dim=2),
+                torch.cat((before.hidden, before.memory.flatten(1)), dim=1),
+                torch.cat((to_hidden, to_memory), dim=1),
+                self.d_hidden,
+            )
+            hidden, memory = states.split([self.d_hidden, fade.shape[0]], dim=2)
+            memory = memory.unflatten(2, (self.d_memory, self.order))
+        after = LMUState(
+            after_own_length(memory, before.memory, lengths), after_own_length(hidden, before.hidden, lengths)
+        )
+        return hidden, after
 
     def remember(self, u: Tensor, memory: Tensor | None = None) -> Tensor:
         """The delay network alone: the memory after every step.
@@ -211,9 +236,36 @@ def _powers(A: Tensor, highest: int) -> Tensor:
     return powers[: highest + 1]
 
 
-def _after(memory: Tensor, before: Tensor, lengths: Tensor | None) -> Tensor:
-    """Each row's memory after its own length, of all of them: memory (rows, length, d_memory, order)."""
-    if lengths is None:
-        return memory[:, -1]
-    every = torch.cat((before[:, None], memory), dim=1)
-    return every[torch.arange(len(every), device=every.device), lengths.to(every.device)]
+class _Walk(torch.autograd.Function):
+    """``s_t = f(s_{t-1} W + i_t)``, where f is tanh on the first ``squashed`` numbers and nothing on the others.
+
+    PyTorch's own gradient would add to that of W at every step.
+    """
+
+    @staticmethod
+    def forward(inputs: Tensor, start: Tensor, W: Tensor, squashed: int) -> Tensor:
+        """inputs (batch, length, n), start (batch, n) and W (n, n) to all states, (batch, length, n)."""
+        states, state = [], start
+        for now in inputs.unbind(1):
+            state = torch.addmm(now, state, W)
+            state = torch.cat((torch.tanh(state[:, :squashed]), state[:, squashed:]), dim=1)
+            states.append(state)
+        return torch.stack(states, dim=1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, start, W, ctx.squashed = inputs
+        ctx.save_for_backward(start, W, output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dstates: Tensor) -> tuple[Tensor | None, ...]:
+        start, W, states = ctx.saved_tensors
+        slopes = F.pad(1 - states[..., : ctx.squashed].square(), (0, states.shape[2] - ctx.squashed), value=1.0)
+        dinput, found = torch.zeros_like(start), []
+        for dstate, slope in zip(dstates.flip(1).unbind(1), slopes.flip(1).unbind(1), strict=True):
+            dinput = torch.addmm(dstate, dinput, W.T) * slope
+            found.append(dinput)
+        dinputs = torch.stack(found, dim=1).flip(1)
+        before = torch.cat((start[:, None], states[:, :-1]), dim=1)
+        return dinputs, dinput @ W.T, before.flatten(0, 1).T @ dinputs.flatten(0, 1), None

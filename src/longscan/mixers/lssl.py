@@ -8,8 +8,14 @@ A, B at a step Delta of its own, discretised by the generalised bilinear transfo
     \qquad\Longleftrightarrow\qquad
     y = K * u + D u, \quad K_l = C \bar A^l \bar B
 
-The kernel comes from the Krylov matrix :math:`(\bar B, \bar A \bar B, \bar A^2 \bar B, \dots)`, doubled in length with
-each squaring of A_bar: of order N^2 L operations and N L numbers a channel, which is what S4 was made to avoid.
+The paper's kernel comes from the Krylov matrix :math:`(\bar B, \bar A \bar B, \dots, \bar A^{L-1} \bar B)`: of order
+N^2 L operations and N L numbers a channel, which is what S4 was made to avoid. Here it is cut in two, with T about the
+root of L and both factors doubled in length with each squaring of A_bar:
+
+.. math::
+    K_{jT + i} = (C \bar A^{jT})\, (\bar A^i \bar B), \qquad i < T
+
+so that N L operations and N sqrt(L) numbers a channel are left, beside N^2 sqrt(L) and N^3 log L for the powers.
 """
 
 from __future__ import annotations
@@ -24,6 +30,8 @@ from torch import Tensor, nn
 from longscan.errors import ArgumentError
 from longscan.nn.mixer import SequenceMixer, check_batch, keep_float32, no_weight_decay
 from longscan.nn.packing import over_rows
+from longscan.nn.recurrences import time_invariant
+from longscan.nn.sequence_parallel import current_part
 from longscan.nn.state import State
 from longscan.ops import long_conv
 from longscan.statespace import discretise_dense, log_uniform_steps, transition
@@ -55,6 +63,7 @@ class LSSL(SequenceMixer):
     """
 
     time_invariant = True
+    undivided = None
     A_bar: Tensor
     B_bar: Tensor
 
@@ -109,37 +118,56 @@ class LSSL(SequenceMixer):
         """K of the equations above, without the skip D: (d_model, length) float32."""
         if length < 1:
             raise ArgumentError(f"length must be at least 1, got {length}")
-        return torch.einsum("dn,dnl->dl", self.C, _krylov(*self.system(), length))
+        A_bar, B_bar = self.system()
+        return _kernels(A_bar, self.C, B_bar[..., None], length)[:, 0]
 
     def forward(
         self, x: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, LSSLState | None]:
         self.check_input(x, state, cu_seqlens, LSSLState)
         before = state if isinstance(state, LSSLState) else None
+        part = current_part()
+        if part is not None:
+            entering, cu_seqlens = time_invariant(part, x, cu_seqlens, self._leave, self._advance)
+            before = LSSLState(entering)
         if cu_seqlens is not None:
-            return over_rows(self._convolve, x, before, cu_seqlens)
+            y, after = over_rows(self._convolve, x, before, cu_seqlens)
+            return y, None if state is None else after
         y, after = self._convolve(x, before, None)
-        return y, None if before is None else after
+        return y, None if state is None else after
+
+    def _leave(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            u = x.to(self.C.dtype)
+            return _pulled(*self.system(), u.flip(1))
+
+    def _advance(self, states: Tensor, steps: int) -> Tensor:
+        with torch.autocast(states.device.type, enabled=False):
+            return _advance(self.system()[0], states, steps, steps)
 
     def _convolve(self, x: Tensor, before: LSSLState | None, lengths: Tensor | None) -> tuple[Tensor, LSSLState]:
         # Autocast is for matrix products of activations: the system itself is computed in float32.
         with torch.autocast(x.device.type, enabled=False):
-            u = x.to(self.C.dtype)
-            length = u.shape[1]
-            A_bar, B_bar = self.system()
-            krylov = _krylov(A_bar, B_bar, length)
-            y = long_conv(u, torch.einsum("dn,dnl->dl", self.C, krylov), self.D)
-            assert isinstance(y, Tensor)
-            # Each row's inputs, the last first: what the columns of the Krylov matrix multiply.
-            backwards = u.flip(1) if lengths is None else _from_the_end(u, lengths.to(u.device))
-            ssm = torch.einsum("dnl,bld->bdn", krylov, backwards)
-            if before is not None:
-                # At step l the old state has gone through A_bar l + 1 times: C A_bar^l is a Krylov matrix too.
-                first = torch.einsum("dnm,bdm->bdn", A_bar, before.ssm)
-                y = y + torch.einsum("dnl,bdn->bld", _krylov(A_bar.mT, self.C, length), first)
-                steps = length if lengths is None else lengths.to(u.device)
-                ssm = ssm + _advance(A_bar, before.ssm, steps, length)
-        return self._project(y.to(x.dtype)), LSSLState(ssm)
+            y, after = self._run(x.to(self.C.dtype), before, lengths)
+        return self._project(y.to(x.dtype)), after
+
+    def _run(self, u: Tensor, before: LSSLState | None, lengths: Tensor | None) -> tuple[Tensor, LSSLState]:
+        """y before GELU and projection, and the state, of which nothing is computed where none came in."""
+        A_bar, B_bar = self.system()
+        length, sources = u.shape[1], B_bar[..., None]
+        if before is not None:
+            # At step l the old state has gone through A_bar l + 1 times: its part of y is a kernel too.
+            sources = torch.cat((sources, torch.einsum("dnm,bdm->dnb", A_bar, before.ssm)), dim=-1)
+        kernel, *response = _kernels(A_bar, self.C, sources, length).unbind(1)
+        y = long_conv(u, kernel, self.D)
+        assert isinstance(y, Tensor)
+        if before is None:
+            return y, self.initial_state(u.shape[0], u.device)
+        # Each row's inputs, the last first.
+        backwards = u.flip(1) if lengths is None else _from_the_end(u, lengths.to(u.device))
+        steps = length if lengths is None else lengths.to(u.device)
+        ssm = _pulled(A_bar, B_bar, backwards) + _advance(A_bar, before.ssm, steps, length)
+        return y + torch.stack(response).transpose(1, 2), LSSLState(ssm)
 
     def step(self, x: Tensor, state: State, *, inplace: bool = False) -> tuple[Tensor, LSSLState]:
         self.check_input(x.unsqueeze(1), state, None, LSSLState)
@@ -165,13 +193,43 @@ class LSSL(SequenceMixer):
         return f"{self.d_model}, d_state={self.d_state}, fixed={self.fixed}, discretisation={self.discretisation!r}"
 
 
-def _krylov(A: Tensor, B: Tensor, length: int) -> Tensor:
-    """The columns ``A^l B``, l < length: A (channels, N, N) and B (channels, N) to (channels, N, length)."""
-    columns = B[..., None]
-    while columns.shape[-1] < length:
-        columns = torch.cat((columns, A @ columns[..., : length - columns.shape[-1]]), dim=-1)
+def _stretch(length: int) -> int:
+    """The T of the module's docstring: a power of 2, and at least the root of the length."""
+    return int(2 ** ((length - 1).bit_length() + 1 >> 1))
+
+
+def _krylov(A: Tensor, X: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """``A^i X``, i < count: A (channels, N, N) and X (channels, N, k) to (channels, N, count, k). And the power of A
+    that goes on from there, if the count is a power of 2."""
+    found, k = X, X.shape[-1]
+    while found.shape[-1] < count * k:
+        found = torch.cat((found, A @ found[..., : count * k - found.shape[-1]]), dim=-1)
         A = A @ A
-    return columns
+    return found.unflatten(-1, (count, k)), A
+
+
+def _kernels(A: Tensor, C: Tensor, X: Tensor, length: int) -> Tensor:
+    """``C A^l X``, l < length: A (channels, N, N), C (channels, N), X (channels, N, k) to (channels, k, length)."""
+    size = _stretch(length)
+    columns, power = _krylov(A, X, size)
+    rows, _ = _krylov(power.mT, C[..., None], -(-length // size))
+    found = rows.squeeze(-1).mT @ columns.flatten(2)  # (channels, stretches, size k)
+    return found.unflatten(2, (size, -1)).permute(0, 3, 1, 2).flatten(2)[..., :length]
+
+
+def _pulled(A: Tensor, B: Tensor, u: Tensor) -> Tensor:
+    """``sum_l A^l B u_l`` of u (rows, length, channels): (rows, channels, N)."""
+    size = _stretch(u.shape[1])
+    columns, A = _krylov(A, B[..., None], size)
+    stretches = F.pad(u, (0, 0, 0, -u.shape[1] % size)).unflatten(1, (-1, size)).permute(3, 2, 1, 0)
+    found = columns.squeeze(-1) @ stretches.flatten(2)
+    found = found.unflatten(2, (-1, u.shape[0]))  # (channels, N, stretches, rows)
+    # Neighbours are joined until one is left.
+    while found.shape[2] > 1:
+        found = F.pad(found, (0, 0, 0, found.shape[2] % 2))
+        later = (A @ found[:, :, 1::2].flatten(2)).unflatten(2, (-1, u.shape[0]))
+        found, A = found[:, :, ::2] + later, A @ A
+    return found[:, :, 0].permute(2, 0, 1)
 
 
 def _advance(A: Tensor, state: Tensor, steps: int | Tensor, longest: int) -> Tensor:

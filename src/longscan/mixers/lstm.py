@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from longscan.nn.mixer import SequenceMixer, check_batch
 from longscan.nn.packing import over_rows
 from longscan.nn.recurrent import Recurrence
+from longscan.nn.relay import relay
+from longscan.nn.sequence_parallel import current_part
 from longscan.nn.state import State
 
 
@@ -39,6 +41,8 @@ class LSTM(SequenceMixer):
         bias: whether gates have biases.
         forget_bias: where the forget gate's bias starts. Everything else starts uniform in +- d_hidden^-1/2.
     """
+
+    undivided = None
 
     def __init__(
         self,
@@ -63,6 +67,8 @@ class LSTM(SequenceMixer):
         self, x: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, LSTMState | None]:
         self.check_input(x, state, cu_seqlens, LSTMState)
+        if current_part() is not None:
+            return relay(self, x, cu_seqlens), None
         before = state if isinstance(state, LSTMState) else None
         if cu_seqlens is not None:
             return over_rows(self._walk, x, before, cu_seqlens)

@@ -23,8 +23,10 @@ from longscan.errors import ArgumentError
 from longscan.nn.linear import StepProjection, is_plain, product_and_bias
 from longscan.nn.mamba_inner import mamba_inner
 from longscan.nn.mixer import SequenceMixer, check_batch, keep_float32, no_weight_decay
+from longscan.nn.recurrences import causal_conv1d, selective_scan
+from longscan.nn.sequence_parallel import current_part
 from longscan.nn.state import State
-from longscan.ops import causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update
+from longscan.ops import causal_conv1d_update, selective_state_update
 from longscan.statespace import log_uniform_steps
 
 A_INITS = ("s4d-real", "constant", "random", "s4d-lin")
@@ -40,6 +42,8 @@ class MambaState(State):
 
 class Mamba(SequenceMixer):
     """A Mamba block, a drop-in layer: ``y, _ = Mamba(d_model=256)(x)``.
+
+    dt, B and C all depend on the input; with fewer of them it is ``S6(..., selective=...)`` in the block "mamba".
 
     Args:
         d_model: width of input and output.
@@ -64,6 +68,8 @@ class Mamba(SequenceMixer):
     Attributes:
         A_log, D and the bias of ``dt_proj`` stay float32 when the module is converted to bfloat16 or float16.
     """
+
+    undivided = None
 
     def __init__(
         self,
@@ -176,6 +182,7 @@ class Mamba(SequenceMixer):
             and self.dt_proj.bias is not None
             and self.x_proj.bias is None
             and not torch.compiler.is_compiling()
+            and current_part() is None
         )
 
     def _whole(self, x: Tensor, before: MambaState | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from longscan.errors import ArgumentError
 from longscan.nn.mixer import SequenceMixer, check_batch, keep_float32, no_weight_decay
+from longscan.nn.recurrences import causal_conv1d, decay_attention
 from longscan.nn.state import State
-from longscan.ops import causal_conv1d, causal_conv1d_update, decay_attention, decay_attention_update
+from longscan.ops import causal_conv1d_update, decay_attention_update
 from longscan.statespace import log_uniform_steps
 
 
@@ -80,6 +81,8 @@ class Mamba2(SequenceMixer):
         ArgumentError: a size is below 1, head_dim does not divide the inner width, n_groups not the heads, or a range
             is none.
     """
+
+    undivided = None
 
     def __init__(
         self,

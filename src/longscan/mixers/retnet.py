@@ -29,9 +29,11 @@ from torch import Tensor, nn
 
 from longscan.errors import ArgumentError
 from longscan.nn.mixer import SequenceMixer, check_batch
+from longscan.nn.recurrences import decay_attention
 from longscan.nn.rotary import rotate
+from longscan.nn.sequence_parallel import first_position
 from longscan.nn.state import State
-from longscan.ops import decay_attention, decay_attention_update
+from longscan.ops import decay_attention_update
 
 GAMMAS = ("powers", "paper")
 
@@ -58,6 +60,8 @@ class RetNet(SequenceMixer):
         rotary_base: the longest wavelength of the rotation over 2 pi.
         norm_eps: of the group norm.
     """
+
+    undivided = None
 
     def __init__(
         self,
@@ -104,7 +108,7 @@ class RetNet(SequenceMixer):
     ) -> tuple[Tensor, RetNetState | None]:
         self.check_input(x, state, cu_seqlens, RetNetState)
         before = state if isinstance(state, RetNetState) else None
-        steps = torch.arange(x.shape[1], device=x.device)
+        steps = first_position() + torch.arange(x.shape[1], device=x.device)
         if cu_seqlens is None:
             lengths = torch.full((x.shape[0],), x.shape[1], device=x.device)
             positions = steps[None] if before is None else before.lengths[:, None] + steps

@@ -30,7 +30,9 @@ from torch import Tensor, nn
 from longscan.errors import ArgumentError
 from longscan.nn.mixer import SequenceMixer, check_batch, keep_float32, no_weight_decay
 from longscan.nn.packing import over_rows
+from longscan.nn.sequence_parallel import Leaving, SequencePart, current_part
 from longscan.nn.state import State
+from longscan.ops import linear_scan
 
 # The peak of an empty past: far below any key, and finite, so that differences of peaks are numbers.
 _NOTHING = -1e38
@@ -47,8 +49,8 @@ class RWKV4State(State):
 class RWKV4(SequenceMixer):
     """RWKV-4's time mixing: ``y, _ = RWKV4(d_model=256)(x)``.
 
-    A sequence is scanned in two levels: all stretches of about sqrt(length) steps side by side, then the stretches in
-    turn, so that the number of operations in a row grows with the root of the length.
+    The two sums are linear scans. The peak is found in two levels: all stretches of about sqrt(length) steps side by
+    side, then the stretches in turn, so that the number of operations in a row grows with the root of the length.
 
     Args:
         d_model: width.
@@ -63,6 +65,8 @@ class RWKV4(SequenceMixer):
     Attributes:
         time_decay (log w) and time_first (u) stay float32 when the module is converted to bfloat16 or float16.
     """
+
+    undivided = None
 
     def __init__(
         self,
@@ -101,10 +105,29 @@ class RWKV4(SequenceMixer):
     ) -> tuple[Tensor, RWKV4State | None]:
         self.check_input(x, state, cu_seqlens, RWKV4State)
         before = state if isinstance(state, RWKV4State) else None
+        part = current_part()
+        if part is not None:
+            before, cu_seqlens = self._enter(part, x, cu_seqlens)
         if cu_seqlens is not None:
-            return over_rows(self._mix, x, before, cu_seqlens)
-        y, after = self._mix(x, before, None)
-        return y, None if before is None else after
+            y, after = over_rows(self._mix, x, before, cu_seqlens)
+        else:
+            y, after = self._mix(x, before, None)
+        return y, None if state is None else after
+
+    def _enter(self, part: SequencePart, x: Tensor, cu_seqlens: Tensor | None) -> tuple[RWKV4State, Tensor | None]:
+        """The state of every row of this process's part x, and its own offsets."""
+        segments = part.segments(x, cu_seqlens)
+        fresh = self.initial_state(x.shape[0], x.device, x.dtype)
+        last = part.border(x, 1, segments).squeeze(1)
+        # The last sequence, from an empty sum; of the token before it only where it began in an earlier part.
+        own = fresh if segments.last else RWKV4State(last, fresh.wkv)
+        _, after = self._mix(x[:, segments.last :], own, None)
+
+        def join(earlier: Leaving, later: Leaving, steps: int) -> Leaving:
+            return (_in_a_row(earlier[0], later[0], steps * torch.exp(self.time_decay.to(fresh.wkv))),)
+
+        (wkv,) = part.entering((after.wkv,), join, (fresh.wkv,), segments)
+        return RWKV4State(segments.rows_of(last, fresh.last), segments.rows_of(wkv, fresh.wkv)), segments.cu_seqlens
 
     def _mix(self, x: Tensor, before: RWKV4State | None, lengths: Tensor | None) -> tuple[Tensor, RWKV4State]:
         """x (batch, length, d_model) to y and the state after each row's length (None: all of it)."""
@@ -115,7 +138,7 @@ class RWKV4(SequenceMixer):
         v = self.value(shifted.lerp(x, self.time_mix_v.to(x.dtype)))
         r = self.receptance(shifted.lerp(x, self.time_mix_r.to(x.dtype)))
         wide = before.wkv.dtype
-        wkv, sums, peak = weighted_average(
+        wkv, *sums = weighted_average(
             torch.exp(self.time_decay.to(wide)), self.time_first.to(wide), k.to(wide), v.to(wide), before.wkv
         )
         y = self.output(torch.sigmoid(r) * wkv.to(r.dtype))
@@ -123,7 +146,7 @@ class RWKV4(SequenceMixer):
         ends: Any = -1
         if lengths is not None:
             rows, ends = torch.arange(x.shape[0], device=x.device), (lengths - 1).to(x.device)
-        after = torch.cat((sums[rows, ends], peak[rows, ends].unsqueeze(1)), dim=1)
+        after = torch.stack([part[rows, ends] for part in sums], dim=1)
         return y, RWKV4State(x[rows, ends].to(before.last.dtype), after)
 
     def initial_state(
@@ -140,7 +163,7 @@ class RWKV4(SequenceMixer):
         return f"{self.d_model}"
 
 
-def weighted_average(w: Tensor, u: Tensor, k: Tensor, v: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def weighted_average(w: Tensor, u: Tensor, k: Tensor, v: Tensor, before: Tensor) -> tuple[Tensor, ...]:
     """The wkv of the module's docstring.
 
     Args:
@@ -149,8 +172,7 @@ def weighted_average(w: Tensor, u: Tensor, k: Tensor, v: Tensor, before: Tensor)
         before: (batch, 3, channels): numerator, denominator, peak.
 
     Returns:
-        wkv (batch, length, channels), and after every step numerator and denominator (batch, length, 2, channels) and
-        the peak (batch, length, channels).
+        wkv, and after every step numerator, denominator and peak, each (batch, length, channels).
     """
     # The peak only sets the scale of both sums, so it is a constant to the gradient.
     with torch.no_grad():
@@ -160,12 +182,24 @@ def weighted_average(w: Tensor, u: Tensor, k: Tensor, v: Tensor, before: Tensor)
     weight = torch.exp(k - peak)
     # The peaks' difference first: w may be less than a peak's last digit.
     fade = torch.exp((peak_before - peak) - w)
-    sums = _scan(fade.unsqueeze(2), torch.stack((weight * v, weight), dim=2), before[:, :2])
-    sums_before = torch.cat((before[:, None, :2], sums[:, :-1]), dim=1)
     past, present = torch.exp(peak_before - highest), torch.exp(u + k - highest)
-    numerator, denominator = sums_before.unbind(2)
-    wkv = (past * numerator + present * v) / (past * denominator + present)
-    return wkv, sums, peak
+    sums, averages = [], []
+    for start, term, now in ((before[:, 0], weight * v, present * v), (before[:, 1], weight, present)):
+        total = linear_scan(fade, term, start)
+        assert isinstance(total, Tensor)
+        sums.append(total)
+        averages.append(torch.addcmul(now, past, torch.cat((start[:, None], total[:, :-1]), dim=1)))
+    return averages[0] / averages[1], *sums, peak
+
+
+def _in_a_row(earlier: Tensor, later: Tensor, fall: Tensor) -> Tensor:
+    """The sums (batch, 3, channels) after two stretches, of those of each; the peak falls by ``fall`` in the later."""
+    # Peaks only set the scale of the sums, but how far the earlier one falls is w's, and has a gradient.
+    old, new = earlier[:, 2].detach(), later[:, 2].detach()
+    peak = torch.maximum(old - fall.detach(), new)
+    past, present = torch.exp((old - peak) - fall), torch.exp(new - peak)
+    sums = past[:, None] * earlier[:, :2] + present[:, None] * later[:, :2]
+    return torch.cat((sums, peak[:, None]), dim=1)
 
 
 def _stretches(length: int) -> tuple[int, int]:
@@ -188,21 +222,3 @@ def _running_peak(w: Tensor, k: Tensor, first: Tensor) -> Tensor:
         torch.stack(entering, 1)[:, :, None] - w * torch.arange(1, inner + 1, device=k.device, dtype=k.dtype)[:, None]
     )
     return torch.maximum(torch.stack(within, 2), faded).flatten(1, 2)[:, : k.shape[1]]
-
-
-def _scan(a: Tensor, b: Tensor, first: Tensor) -> Tensor:
-    """``h_t = a_t h_{t-1} + b_t`` along axis 1: a (batch, length, 1, channels), b (batch, length, 2, channels)."""
-    length = b.shape[1]
-    outer, inner = _stretches(length)
-    # Unbound, not indexed: the gradient of an index is as large as what it was taken from.
-    a, b = (F.pad(t, (0, 0, 0, 0, 0, outer * inner - length)).unflatten(1, (outer, inner)) for t in (a, b))
-    fades, adds = a.unbind(2), b.unbind(2)
-    within, fading = [adds[0]], [fades[0]]
-    for fade, add in zip(fades[1:], adds[1:], strict=True):
-        within.append(torch.addcmul(add, fade, within[-1]))
-        fading.append(fading[-1] * fade)
-    entering = [first]
-    for end, fade in zip(within[-1].unbind(1)[:-1], fading[-1].unbind(1)[:-1], strict=True):
-        entering.append(torch.addcmul(end, fade, entering[-1]))
-    h = torch.addcmul(torch.stack(within, 2), torch.stack(fading, 2), torch.stack(entering, 1)[:, :, None])
-    return h.flatten(1, 2)[:, :length]

@@ -33,6 +33,8 @@ from longscan.errors import ArgumentError
 from longscan.nn import dplr
 from longscan.nn.mixer import SequenceMixer, check_batch, keep_float32, no_weight_decay
 from longscan.nn.packing import over_rows
+from longscan.nn.recurrences import time_invariant
+from longscan.nn.sequence_parallel import current_part
 from longscan.nn.state import State
 from longscan.ops import long_conv
 from longscan.statespace import log_uniform_steps, nplr
@@ -68,6 +70,7 @@ class S4(SequenceMixer):
     """
 
     time_invariant = True
+    undivided = None
 
     def __init__(
         self,
@@ -91,6 +94,7 @@ class S4(SequenceMixer):
             )
         self.d_model, self.d_state, self.num_states = d_model, d_state, d_state // 2
         self.measure, self.bidirectional, self.glu = measure, bidirectional, glu
+        self.undivided = "a bidirectional S4 reads the future too" if bidirectional else None
         w, P, B, _ = nplr(measure, d_state)
 
         def system(values: Tensor) -> nn.Parameter:
@@ -147,15 +151,16 @@ class S4(SequenceMixer):
         # Autocast is for matrix products: the system itself is computed in float32.
         with torch.autocast(x.device.type, enabled=False):
             u = x.to(torch.promote_types(x.dtype, self.D.dtype))
-            if state is None:
+            part = current_part()
+            if part is not None:
+                before, offsets = time_invariant(part, u, cu_seqlens, self._leave, self._advance)
+                y, _ = self._from(u, S4State(before), offsets)
+            elif state is None:
                 y = self._convolve(u, cu_seqlens)
             else:
                 self._check_causal("a state")
                 assert isinstance(state, S4State)
-                if cu_seqlens is None:
-                    y, after = self._continue(u, state, torch.full((x.shape[0],), x.shape[1]))
-                else:
-                    y, after = over_rows(self._continue, u, state, cu_seqlens)
+                y, after = self._from(u, state, cu_seqlens)
         return self._project(y.to(x.dtype)), after
 
     def _convolve(self, u: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -169,6 +174,20 @@ class S4(SequenceMixer):
             assert isinstance(back, Tensor)
             y = y + back.flip(1)
         return y
+
+    def _from(self, u: Tensor, state: S4State, cu_seqlens: Tensor | None) -> tuple[Tensor, S4State | None]:
+        if cu_seqlens is None:
+            return self._continue(u, state, torch.full((u.shape[0],), u.shape[1]))
+        return over_rows(self._continue, u, state, cu_seqlens)
+
+    def _leave(self, u: Tensor) -> Tensor:
+        """The states after u (batch, length, d_model), from an empty past."""
+        w, P, B = self.system()
+        return dplr.pulled(dplr.powers(w, P, u.shape[1]), dplr.solve(w, P, B), u.flip(1).transpose(1, 2))
+
+    def _advance(self, states: Tensor, steps: int) -> Tensor:
+        w, P, _ = self.system()
+        return dplr.advanced(states, dplr.powers(w, P, steps), torch.full((states.shape[0],), steps))
 
     def _continue(self, u: Tensor, state: S4State, lengths: Tensor) -> tuple[Tensor, S4State]:
         """u (rows, longest, d_model) from a state, and the state of each row after its own length."""

@@ -54,6 +54,7 @@ class S4D(SequenceMixer):
     """
 
     time_invariant = True
+    undivided = None
 
     def __init__(
         self,

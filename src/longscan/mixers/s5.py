@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from longscan.errors import ArgumentError
 from longscan.nn.mixer import SequenceMixer, check_batch, keep_float32, no_weight_decay
+from longscan.nn.recurrences import linear_scan
 from longscan.nn.state import State
-from longscan.ops import linear_scan
 from longscan.statespace import discretise, log_uniform_steps, nplr
 from longscan.statespace.discretisation import METHODS
 
@@ -53,6 +53,8 @@ class S5(SequenceMixer):
         log_dt, A_log, A_imag, B, C and D stay float32 when the module is converted to bfloat16 or float16.
     """
 
+    undivided = None
+
     def __init__(
         self,
         d_model: int,
@@ -79,6 +81,7 @@ class S5(SequenceMixer):
             raise ArgumentError(f"glu must be 'half' or 'full'; got {glu!r}")
         self.d_model, self.d_state, self.num_states = d_model, d_state, d_state // 2
         self.discretisation, self.bidirectional = discretisation, bidirectional
+        self.undivided = "a bidirectional S5 reads the future too" if bidirectional else None
         size = d_state // blocks
         form = nplr("legs", size)
         eigenvalues = form.w[: size // 2].repeat(blocks)

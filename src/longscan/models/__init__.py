@@ -7,6 +7,7 @@ from longscan.models.classifier import Classifier, ClassifierConfig
 from longscan.models.config import PRESETS, LanguageModelConfig
 from longscan.models.generation import Generation, Token, prefill
 from longscan.models.language_model import LanguageModel
+from longscan.models.long_sequences import backward_in_chunks
 from longscan.models.sampling import Sampling
 from longscan.models.sashimi import Sashimi, SashimiConfig
 
@@ -23,5 +24,6 @@ __all__ = [
     "Sashimi",
     "SashimiConfig",
     "Token",
+    "backward_in_chunks",
     "prefill",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,11 +16,12 @@ from longscan.nn.int8 import Int8Embedding, Int8Linear
 from longscan.nn.linear import StepProjection, is_plain
 from longscan.nn.norms import AddRMSNorm
 from longscan.nn.state import ModelState
+from longscan.ops.int8 import Int8Matrix
 
 if TYPE_CHECKING:
     from longscan.models.backbone import Block
     from longscan.models.language_model import LanguageModel
-    from longscan.ops.mamba_step import CudaMambaDecoder, MambaDecoder, MambaStepWeights
+    from longscan.ops.mamba_step import CudaMambaDecoder, MambaDecoder, MambaStepWeights, MlpStepWeights
 
 
 class Stepper(Protocol):
@@ -62,26 +64,50 @@ class CompiledStepper:
     """All layers and the head of a real Mamba in one call (:mod:`longscan.ops.mamba_step`), on the CPU or a GPU.
 
     Raises:
-        BackendError: the model has other mixers, weights that the compiled step cannot read, or modules that do more
-            than their weights say (adapters, hooks).
+        BackendError: the model has other mixers (on a GPU also inner norms or MLPs), weights that the compiled step
+            cannot read, or modules that do more than their weights say (adapters, hooks).
     """
 
     def __init__(self, model: LanguageModel) -> None:
         from longscan.ops.mamba_step import CudaMambaDecoder, MambaDecoder
 
         backbone = model.backbone
-        layers = [_weights(block) for block in backbone.blocks]
+        layers = [weights for block in backbone.blocks for weights in _weights(block)]
         _check_plain(backbone.embedding, backbone.norm_f, model.lm_head)
         head = None if model.config.tie_embeddings else _matrix(model.lm_head)
         make = CudaMambaDecoder if model.device.type == "cuda" else MambaDecoder
-        self._decoder: CudaMambaDecoder | MambaDecoder = make(
+        decoder: CudaMambaDecoder | MambaDecoder = make(
             layers,
             embedding=_matrix(backbone.embedding),
             final_norm=backbone.norm_f.weight,
             eps=backbone.norm_f.eps,
             head=head,
         )
+        self._stepper = DecoderStepper(decoder)
         self._vocab_size = model.config.vocab_size
+
+    def reads_in_place(self) -> frozenset[int]:
+        """Addresses of the matrices whose changes it sees by itself."""
+        return self._stepper.reads_in_place()
+
+    def shortened(self, state: ModelState, batch: int) -> ModelState:
+        """See :meth:`DecoderStepper.shortened`."""
+        return self._stepper.shortened(state, batch)
+
+    def step(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+        logits, state = self._stepper.step(tokens, state)
+        return logits[:, : self._vocab_size], state
+
+
+class DecoderStepper:
+    """The compiled step over a state of Mamba layers."""
+
+    def __init__(self, decoder: CudaMambaDecoder | MambaDecoder) -> None:
+        self._decoder = decoder
+
+    def reads_in_place(self) -> frozenset[int]:
+        """Addresses of the matrices whose changes it sees by itself."""
+        return self._decoder.weights.addresses
 
     def shortened(self, state: ModelState, batch: int) -> ModelState:
         """The state with ssm_states in the dtype of the weights, where a step of so many sequences takes them so."""
@@ -95,7 +121,7 @@ class CompiledStepper:
 
     def step(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
         states = [(own.conv, own.ssm) for own in state.layers if isinstance(own, MambaState)]
-        return self._decoder.step(tokens, states)[:, : self._vocab_size], state
+        return self._decoder.step(tokens, states), state
 
 
 class GraphStepper:
@@ -122,11 +148,34 @@ class GraphStepper:
         if model.state_bytes(1, 1) != model.state_bytes(1, 2):
             raise BackendError("the state of this model grows with the sequence: its memory moves from step to step")
         try:
-            self._stepper: Stepper = CompiledStepper(model)
+            compiled = CompiledStepper(model)
+            stepper: Stepper = compiled
+            shorten = compiled.shortened if short_states else None
         except BackendError:
-            self._stepper = ModuleStepper(model)
-        self._short_states = short_states
-        self._device = model.device
+            shorten = None
+            stepper = ModuleStepper(model)
+        self._graphs = Graphs(stepper, model.device, shorten)
+
+    def step(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+        return self._graphs.step(tokens, state)
+
+
+class Graphs:
+    """The graphs of a stepper that can be captured; see `GraphStepper`.
+
+    Args:
+        stepper: may be captured.
+        device: a GPU.
+        shorten: from a state and a batch size to the like of what a graph of that size keeps; by default the state.
+    """
+
+    def __init__(
+        self,
+        stepper: Stepper,
+        device: torch.device,
+        shorten: Callable[[ModelState, int], ModelState] | None = None,
+    ) -> None:
+        self._stepper, self._device, self._shorten = stepper, device, shorten
         self._graphs: dict[int, _Graph] = {}
 
     @torch.no_grad()
@@ -134,9 +183,7 @@ class GraphStepper:
         size = _captured_size(tokens.shape[0])
         graph = self._graphs.get(size)
         if graph is None:
-            like = state
-            if self._short_states and isinstance(self._stepper, CompiledStepper):
-                like = self._stepper.shortened(state, size)
+            like = state if self._shorten is None else self._shorten(state, size)
             with torch.cuda.device(self._device):
                 graph = self._graphs[size] = _Graph(self._stepper, like, size)
         return graph.step(tokens, state)
@@ -190,16 +237,19 @@ def _captured_size(rows: int) -> int:
     return -(-rows // step) * step
 
 
-def _weights(block: Block) -> MambaStepWeights:
-    from longscan.ops.mamba_step import MambaStepWeights
+def _weights(block: Block) -> Iterator[MambaStepWeights | MlpStepWeights]:
+    from longscan.ops.mamba_step import MambaStepWeights, MlpStepWeights
 
     mixer = block.mixer
-    if not isinstance(mixer, Mamba) or mixer.is_complex or mixer.selection_norm_eps is not None:
-        raise BackendError(f"the compiled step serves Mamba with a real A and no inner norms, this layer is {mixer}")
-    if block.mlp is not None:
-        raise BackendError("the compiled step serves blocks without an MLP")
+    if not isinstance(mixer, Mamba) or mixer.is_complex:
+        raise BackendError(f"the compiled step serves Mamba with a real A, this layer is {mixer}")
     _check_plain(block.norm, mixer.in_proj, mixer.conv1d, mixer.x_proj, mixer.dt_proj, mixer.out_proj)
-    return MambaStepWeights(
+    inner: dict[str, Any] = {}
+    if mixer.selection_norm_eps is not None:
+        # Norms without weights.
+        inner["selection_norm"] = mixer.D.new_ones(mixer.dt_rank + 2 * mixer.d_state)
+        inner["selection_eps"] = mixer.selection_norm_eps
+    yield MambaStepWeights(
         norm=block.norm.weight,
         eps=block.norm.eps,
         in_proj=_matrix(mixer.in_proj),
@@ -213,7 +263,20 @@ def _weights(block: Block) -> MambaStepWeights:
         D=mixer.D,
         out_proj=_matrix(mixer.out_proj),
         out_proj_bias=mixer.out_proj.bias,
+        **inner,
     )
+    if block.mlp is not None and block.norm2 is not None:
+        _check_plain(block.norm2, block.mlp.fc1, block.mlp.fc2)
+        up, gate = _halves(_matrix(block.mlp.fc1))
+        yield MlpStepWeights(block.norm2.weight, gate, up, _matrix(block.mlp.fc2), eps=block.norm2.eps)
+
+
+def _halves(matrix: Tensor | Int8Matrix) -> tuple[Any, ...]:
+    """The upper and the lower half of its rows, where they lie."""
+    if isinstance(matrix, Int8Matrix):
+        parts = zip(matrix.values.chunk(2), matrix.scales.chunk(2), strict=True)
+        return tuple(Int8Matrix(*part) for part in parts)
+    return matrix.chunk(2)
 
 
 def _matrix(layer: nn.Module) -> Any:

@@ -16,6 +16,7 @@ from longscan.models.config import LanguageModelConfig
 from longscan.models.generation import Generation, Prompts
 from longscan.models.pretrained import load_pretrained, save_pretrained
 from longscan.nn.int8 import Int8Embedding, Int8Linear, quantize_layers
+from longscan.nn.sequence_parallel import whole_sequences_only
 from longscan.nn.state import ModelState
 from longscan.ops import linear_cross_entropy
 
@@ -112,6 +113,8 @@ class LanguageModel(nn.Module):
                 another model or batch size. The range of tokens is checked on the CPU only: elsewhere it would cost a
                 wait.
         """
+        if last_only:
+            whole_sequences_only("last_only", "the last token of a sequence is another process's")
         hidden, state = self.backbone(tokens, state, cu_seqlens=cu_seqlens)
         if last_only:
             hidden = hidden[:, -1] if cu_seqlens is None else hidden[0, cu_seqlens[1:].long() - 1]

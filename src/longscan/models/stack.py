@@ -12,6 +12,7 @@ from longscan.models.options import MixerChoice
 from longscan.nn.mixer import SequenceMixer
 from longscan.nn.mlp import GatedMLP
 from longscan.nn.norms import RMSNorm
+from longscan.nn.sequence_parallel import whole_sequences_only
 from longscan.nn.state import ModelState, State
 
 NORMS = ("rms", "layer", "batch")
@@ -142,6 +143,7 @@ class Stack(nn.Module):
         self, x: Tensor, state: ModelState | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, ModelState | None]:
         """x (batch, length, d_model) to the same shape; mask is of batch norms (:class:`ChannelBatchNorm`)."""
+        whole_sequences_only("this model", "batch norms, dropout and pooling look at all of a sequence")
         before = None if state is None else iter(state.layers)
         after: list[State | None] = []
         for layer in self._residuals:

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from longscan.errors import ArgumentError
 from longscan.nn.mixer import SequenceMixer, check_batch
+from longscan.nn.recurrences import causal_conv1d
 from longscan.nn.state import State
-from longscan.ops import causal_conv1d, causal_conv1d_update
+from longscan.ops import causal_conv1d_update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,7 @@ class BlockShape(SequenceMixer):
             self.d_inner, self.d_inner, d_conv, groups=self.d_inner, bias=conv_bias, device=device, dtype=dtype
         )
         self.inner = inner
-        self.capturable = inner.capturable
+        self.capturable, self.undivided = inner.capturable, inner.undivided
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, device=device, dtype=dtype)
 
     @abc.abstractmethod

@@ -13,7 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longscan.ops import long_conv, selective_scan, selective_state_update, vandermonde, vandermonde_transpose
+from longscan.nn.recurrences import selective_scan, time_invariant
+from longscan.nn.sequence_parallel import current_part
+from longscan.ops import long_conv, selective_state_update, vandermonde, vandermonde_transpose
 
 
 class DiagonalSSM(NamedTuple):
@@ -42,19 +44,36 @@ class DiagonalSSM(NamedTuple):
         """
         y = long_conv(u, self.kernel(u.shape[1]), self.D)
         assert isinstance(y, Tensor)
+        part = current_part()
+        if part is not None:
+            before, _ = time_invariant(part, u, None, self.leave, self.advance)
+            return y + self._fading(before, u.shape[1]), None
         if before is None:
             return y, None
-        batch, length, _ = u.shape
-        systems = self.log_A_bar.shape[0]
-        # Channels that share a system become rows of a batch.
-        own = before.unflatten(1, (systems, -1)).transpose(1, 2).flatten(0, 1)
-        rows = u.unflatten(2, (systems, -1)).permute(0, 3, 2, 1).flatten(0, 1)
-        # At step l the old state has decayed by A_bar^(l + 1).
-        fading = vandermonde(self.C * torch.exp(self.log_A_bar) * own, self.log_A_bar, length)
-        pulled = self.B_bar * vandermonde_transpose(rows.flip(-1), self.log_A_bar)
-        after = torch.exp(length * self.log_A_bar) * own + pulled
-        y = y + fading.unflatten(0, (batch, -1)).permute(0, 3, 2, 1).flatten(2)
-        return y, after.unflatten(0, (batch, -1)).transpose(1, 2).flatten(1, 2)
+        return y + self._fading(before, u.shape[1]), self.advance(before, u.shape[1]) + self.leave(u)
+
+    def leave(self, u: Tensor) -> Tensor:
+        """The states (batch, channels, N) after u (batch, length, channels), from an empty past."""
+        rows = u.unflatten(2, (self.log_A_bar.shape[0], -1)).permute(0, 3, 2, 1).flatten(0, 1)
+        return self._per_sequence(self.B_bar * vandermonde_transpose(rows.flip(-1), self.log_A_bar), u.shape[0])
+
+    def advance(self, states: Tensor, steps: int) -> Tensor:
+        """What becomes of states (batch, channels, N) over so many steps without input."""
+        return self._per_sequence(torch.exp(steps * self.log_A_bar) * self._per_system(states), states.shape[0])
+
+    def _fading(self, states: Tensor, length: int) -> Tensor:
+        """What states before the first step still give out: (batch, length, channels)."""
+        # At step l they have decayed by A_bar^(l + 1).
+        weights = self.C * torch.exp(self.log_A_bar) * self._per_system(states)
+        fading = vandermonde(weights, self.log_A_bar, length)
+        return fading.unflatten(0, (states.shape[0], -1)).permute(0, 3, 2, 1).flatten(2)
+
+    def _per_system(self, states: Tensor) -> Tensor:
+        """Channels that share a system become rows of a batch: (batch, channels, N) to (rows, systems, N)."""
+        return states.unflatten(1, (self.log_A_bar.shape[0], -1)).transpose(1, 2).flatten(0, 1)
+
+    def _per_sequence(self, states: Tensor, batch: int) -> Tensor:
+        return states.unflatten(0, (batch, -1)).transpose(1, 2).flatten(1, 2)
 
     def scan(self, u: Tensor, before: Tensor | None, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
         """Packed sequences u (1, length, channels): the selective scan with a step of 1 and constant B and C."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from longscan.errors import ArgumentError
+from longscan.nn.sequence_parallel import current_part, whole_sequences_only
 from longscan.nn.state import State
 
 T = TypeVar("T", bound=Tensor)
@@ -34,6 +35,9 @@ class SequenceMixer(nn.Module, abc.ABC):
 
     #: Whether CUDA graphs can capture it: no call waits for the GPU.
     capturable: bool = True
+
+    #: Why it cannot share sequences with other processes (:mod:`longscan.nn.sequence_parallel`); None: it can.
+    undivided: str | None = "nothing says how its state goes from one process to the next"
 
     @abc.abstractmethod
     def forward(
@@ -113,6 +117,9 @@ class SequenceMixer(nn.Module, abc.ABC):
     def check_input(self, x: Tensor, state: State | None, cu_seqlens: Tensor | None, kind: type[State]) -> None:
         """Raise ArgumentError unless the arguments of ``forward`` fit this mixer; ``kind`` is its type of state."""
         name = type(self).__name__
+        whole_sequences_only(name, self.undivided)
+        if state is not None and current_part() is not None:
+            raise ArgumentError("state: within sequence_parallel it comes from the process before; pass None")
         if x.dim() != 3 or x.shape[-1] != self.d_model:
             raise ArgumentError(
                 f"x must be (batch, length, {self.d_model}) for this {name}, got shape {tuple(x.shape)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from longscan.nn.state import State
@@ -40,3 +41,12 @@ def over_rows(
             fresh, sequences = iter(own.tensors()), rows.sequences
             after = after.map(lambda tensor: tensor.index_copy(0, sequences, next(fresh)))  # noqa: B023 (called here)
     return back_in_one_row(outputs), after
+
+
+def after_own_length(states: Tensor, before: Tensor, lengths: Tensor | None) -> Tensor:
+    """Each row's state after its own length: of those after every step, (rows, length, ...), or, for no step at all,
+    the one before, (rows, ...). Lengths of None: all of the length."""
+    if lengths is None:
+        return states[:, -1]
+    every = torch.cat((before[:, None], states), dim=1)
+    return every[torch.arange(len(every), device=every.device), lengths.to(every.device)]

@@ -47,7 +47,8 @@ def _panel(panel: Any, title: str, rows: list[dict[str, Any]], higher_is_better:
     # The value goes with the seconds, or against them where it is a rate.
     spread: tuple[list[float], list[float]] = ([], [])
     for row in rows:
-        timing = row["timing"]
+        # What is no time, as memory, was measured once.
+        timing = row["timing"] or {"low": 1, "median": 1, "high": 1}
         ends = [timing["high"], timing["low"]] if higher_is_better else [timing["low"], timing["high"]]
         ratios = [timing["median"] / end if higher_is_better else end / timing["median"] for end in ends]
         spread[0].append(row["value"] * max(0.0, 1 - ratios[0]))

@@ -23,11 +23,15 @@ def plot_comparison(result: str | os.PathLike[str], figure: str | os.PathLike[st
     Raises:
         StorageError: the figure could not be written.
     """
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     values: dict[str, Any] = json.loads(Path(result).read_text(encoding="utf-8"))
     rows = [row for row in values["rows"] if not row["note"]]
-    colours = {row["mixer"]: f"C{index % 10}" for index, row in enumerate(values["rows"])}
+    # Ten clear colours, or twice as many in pairs of a dark and a light one.
+    count = 10 if len(values["rows"]) <= 10 else 20
+    palette = colormaps[f"tab{count}"]
+    colours = {row["mixer"]: palette(index % count) for index, row in enumerate(values["rows"])}
     canvas = Figure(figsize=(4.2 * (1 + len(_COSTS)), 4.2), layout="constrained")
     curves, *panels = canvas.subplots(1, 1 + len(_COSTS))
     for row in rows:

@@ -10,9 +10,10 @@ from typing import Any
 from longscan.experiments.published import Published, beside
 from longscan.experiments.results import Result
 from longscan.nn.storage import write_atomically
+from longscan.plots.palette import COLOURS
+from longscan.plots.scaling import draw_scaling
+from longscan.plots.variants import draw_variants
 from longscan.tasks.task import Metric
-
-_COLOURS = ("#1f6fb4", "#d9822b", "#7d5ba6", "#3a9a5b", "#c2405a", "#6b7683", "#b59a2b", "#2fa3a8", "#8c564b")
 
 
 def plot_experiment(results: Sequence[Result], published: Mapping[str, Published], folder: Path) -> list[Path]:
@@ -29,7 +30,13 @@ def plot_experiment(results: Sequence[Result], published: Mapping[str, Published
     paths = []
     for scale in dict.fromkeys(result.scale for result in results):
         own = [result for result in results if result.scale == scale]
-        figure = _figure(own, beside(published, own[0].published, scale))
+        table = beside(published, own[0].published, scale)
+        if own[0].size:
+            figure = draw_scaling(own)
+        elif len(own) > len(COLOURS) and len({key for result in own for key in result.figures}) == 1:
+            figure = draw_variants(own, table)
+        else:
+            figure = _figure(own, table)
         path = folder / own[0].experiment / f"{scale}.png"
         paths.append(write_atomically(path, functools.partial(figure.savefig, format="png", dpi=130)))
     return paths
@@ -42,7 +49,7 @@ def _figure(results: Sequence[Result], published: Published | None) -> Any:
     several = len({length for result in results for length in result.figures}) > 1
     figure = Figure(figsize=(11 if several else 6.5, 4.4), layout="constrained")
     panels = figure.subplots(1, 2 if several else 1, squeeze=False)[0]
-    colours = {result.system: _COLOURS[index % len(_COLOURS)] for index, result in enumerate(results)}
+    colours = {result.system: COLOURS[index % len(COLOURS)] for index, result in enumerate(results)}
     if several:
         _lengths(panels[0], results, published, colours)
     _training(panels[-1], results, colours)

@@ -31,6 +31,7 @@ def training_curve(
     figure = Figure(figsize=(8, 6), layout="constrained")
     FigureCanvasAgg(figure)
     loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    rows = [row for row in rows if "bits_per_byte" in row]  # a step that was left out may have no loss
     tokens = [row["tokens"] / 1e6 for row in rows]
     train = [row["bits_per_byte"] for row in rows]
     loss.plot(tokens, train, color="tab:blue", alpha=0.25, linewidth=0.8)

@@ -10,6 +10,7 @@ from longscan.tasks.digits import DigitsStandin, PermutedDigits, PermutedDigitsS
 from longscan.tasks.dna import DNA, DNASpecies
 from longscan.tasks.dna_standin import DNASpeciesStandin, DNAStandin
 from longscan.tasks.induction_heads import InductionHeads
+from longscan.tasks.language import Language
 from longscan.tasks.selective_copying import SelectiveCopying
 from longscan.tasks.task import Task
 from longscan.tasks.trajectories import CharacterTrajectories, TrajectoriesStandin
@@ -24,6 +25,7 @@ SYNTHETIC = _by_name(SelectiveCopying, Copying, InductionHeads, AssociativeRecal
 
 #: Name in configurations -> class.
 TASKS = SYNTHETIC | _by_name(
+    Language,
     SequentialDigits,
     PermutedDigits,
     DigitsStandin,

@@ -81,6 +81,8 @@ class Recipe:
     Args:
         d_model, n_layer, d_intermediate, mixer_options, block, block_options: of the model, see
             :class:`longscan.LanguageModelConfig` and :class:`longscan.models.ClassifierConfig`.
+        parameters: of a language model, about: the width gives way, and with it ``d_intermediate`` in proportion; 0: as
+            wide as ``d_model`` says.
         model: "auto", what the task needs; or "sashimi" for a task over tokens that is asked at its last places.
         model_options: further arguments of the model's configuration, such as ``{"pooling": "last"}``.
         steps, batch_size: of training.
@@ -100,6 +102,7 @@ class Recipe:
     mixer_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     block: str = "plain"
     block_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    parameters: int = 0
     model: Literal["auto", "sashimi"] = "auto"
     model_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     steps: int = 1000

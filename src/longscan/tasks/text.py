@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from longscan.tasks.bpe import PREFIX, learn_bpe
 from longscan.tasks.corpus import Corpus, build_corpus
 from longscan.tasks.sources import STDLIB, open_source
 from longscan.tasks.tokenizers import BYTES, Tokenizer, load_tokenizer
@@ -18,7 +19,8 @@ class TextConfig:
     """"stdlib" (the Python files of this interpreter's standard library), a text file, a folder, a .jsonl file, or
     hf:NAME[:CONFIG] (a data set of the Hugging Face Hub, streamed)."""
     tokenizer: str = BYTES
-    """"bytes", a tokenizer.json, a folder with one, or a name on the Hugging Face Hub."""
+    """"bytes", a tokenizer.json, a folder with one, a name on the Hugging Face Hub, or bpe:4096, which is learnt from
+    the text."""
     field: str = "text"
     """Field of a JSON line or data-set row that holds the text."""
     max_bytes: int | None = None
@@ -38,8 +40,10 @@ def prepare(config: TextConfig, tokenizer: Tokenizer | None = None) -> tuple[Cor
         DataError: the text or the tokenizer cannot be used.
         StorageError: the cache cannot be written.
     """
-    tokenizer = load_tokenizer(config.tokenizer) if tokenizer is None else tokenizer
     source = open_source(config.data, field=config.field, max_bytes=config.max_bytes)
+    if tokenizer is None and config.tokenizer.startswith(PREFIX):
+        tokenizer = learn_bpe(config.tokenizer, source, held_out=config.held_out)
+    tokenizer = load_tokenizer(config.tokenizer) if tokenizer is None else tokenizer
     return build_corpus(source, tokenizer, held_out=config.held_out), tokenizer
 
 

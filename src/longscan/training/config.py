@@ -47,11 +47,27 @@ class TrainConfig:
     precision: Literal["float32", "bfloat16"] = "float32"
     """"bfloat16": matrix products under autocast; parameters, states and sums stay float32."""
     compile: bool = False
-    """Compile the model with torch.compile."""
+    """Compile the model as a whole with torch.compile."""
+    compile_blocks: bool = False
+    """Compile each residual block by itself: equal ones once, and the way with `parallel = "fsdp"`."""
+    recompute: bool = False
+    """Keep only the borders between layers and compute each layer again on the way back: less memory, a third more
+    work."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Of several processes: "ddp": each has the whole model; "fsdp": parameters, gradients and what the optimiser keeps
+    are split over them (FSDP2), a layer is whole only while it computes. The losses are the same."""
     cuda_graph: bool = True
     """On one GPU, capture forward and backward as a CUDA graph; without effect elsewhere and with `compile`."""
+    sequence_parallel: int = 1
+    """So many neighbouring processes share each sequence: each has a part of its length. It divides the processes and
+    `sequence_length`, and not every mixer can (attention, of all tokens, sends keys and values)."""
     seed: int = 0
     """Seed of the weights and of the order of the data."""
+    leave_out_bad_steps: bool = False
+    """Leave out an update whose loss or gradient is no number, instead of stopping; the run stops after ten in a row.
+    On a GPU every step then waits for it."""
+    spike: float = 0.0
+    """With `leave_out_bad_steps`: leave out too what has a gradient so many times larger than usual; 0: nothing."""
     log_every: int = 1
     """Steps between looks at the loss (metrics keep every step all the same). On a GPU each look waits for it."""
     evaluations: int = 8
@@ -60,6 +76,8 @@ class TrainConfig:
     """Time between checkpoints."""
     keep_checkpoints: int = 2
     """Checkpoints kept; older ones are deleted."""
+    keep_best: bool = False
+    """Keep the checkpoint with the best quick held-out estimate too; one is written after each that is the best yet."""
 
     def steps_in(self, seconds: float, step_seconds: float, tokens: int) -> int:
         """Steps for so much time, at so much for one, over a corpus of so many tokens; at least one."""
@@ -69,7 +87,14 @@ class TrainConfig:
         return max(1, round(steps))
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "sequence_length", "accumulate", "log_every", "keep_checkpoints"):
+        for name in (
+            "batch_size",
+            "sequence_length",
+            "accumulate",
+            "sequence_parallel",
+            "log_every",
+            "keep_checkpoints",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.steps is not None and self.steps < 1:
@@ -78,7 +103,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ConfigError(f"{name} must be a positive number, got {value}")
-        for name in ("weight_decay", "clip", "final_learning_rate", "evaluations"):
+        for name in ("weight_decay", "clip", "final_learning_rate", "evaluations", "spike"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("beta1", "beta2", "warmup"):
@@ -88,7 +113,21 @@ class TrainConfig:
             "optimizer": ("adamw", "muon"),
             "schedule": ("cosine", "linear", "constant"),
             "precision": ("float32", "bfloat16"),
+            "parallel": ("ddp", "fsdp"),
         }
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ConfigError(f"{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}")
+        if self.compile and (self.compile_blocks or self.recompute or self.parallel == "fsdp"):
+            raise ConfigError(
+                "compile is of the whole model; with recompute or parallel = fsdp take compile_blocks alone"
+            )
+        if self.sequence_length % self.sequence_parallel:
+            raise ConfigError(
+                f"sequence_parallel must divide sequence_length; got {self.sequence_parallel} and "
+                f"{self.sequence_length}"
+            )
+        if self.sequence_parallel > 1 and self.carry_state:
+            raise ConfigError("sequence_parallel shares one sequence, carry_state reads on from another; take one")
+        if self.spike and not self.leave_out_bad_steps:
+            raise ConfigError(f"spike is {self.spike}, which needs leave_out_bad_steps")

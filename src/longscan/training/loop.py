@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from longscan.errors import ConfigError, TrainingError
-from longscan.training.checkpoint import load_checkpoint, newest_sound, save_checkpoint
+from longscan.training.checkpoint import Checkpoints
 from longscan.training.config import TrainConfig
 from longscan.training.distributed import Ranks
 from longscan.training.metrics import Metrics
@@ -78,6 +78,9 @@ class Trainer:
         self._should_stop = should_stop
         self._pending: list[tuple[int, Tensor, Tensor, dict[str, Any]]] = []
         self._metrics: Metrics | None = None
+        self._best: tuple[int, float] | None = None
+        root = folder / CHECKPOINTS_FOLDER
+        self._checkpoints = Checkpoints(root, ranks=ranks, keep=config.keep_checkpoints, saved=observer.saved)
         count = config.evaluations
         self._evaluate_after = {round(i * self._steps / count) for i in range(1, count + 1)} if count else set()
 
@@ -97,19 +100,26 @@ class Trainer:
         try:
             return self._train(step, elapsed)
         finally:
+            self._checkpoints.finish()
             if self._metrics is not None:
                 self._metrics.close()
 
     def _restore(self) -> tuple[int, float]:
-        path, faults = newest_sound(self._folder / CHECKPOINTS_FOLDER)
-        for fault in faults:
-            going_on = f"going on from {path.name}" if path else "no earlier one is left: starting from the first step"
-            self._observer.warned(f"{fault}; {going_on}")
-        if path is None:
-            return 0, 0.0
-        step, self._stepper.states, progress = load_checkpoint(
-            path, self._stepper.model, self._stepper.optimizers, ranks=self._ranks, device=self._device
+        stepper = self._stepper
+        found = self._checkpoints.restore(
+            stepper.model,
+            stepper.optimizers,
+            device=self._device,
+            accumulate=self._config.accumulate,
+            warned=self._observer.warned,
         )
+        if found is None:
+            return 0, 0.0
+        step, stepper.states, progress = found
+        if stepper.guard is not None and "guard" in progress:
+            stepper.guard.load(progress["guard"])
+        if progress.get("best") is not None:
+            self._best = int(progress["best"][0]), float(progress["best"][1])
         return step, float(progress["seconds"])
 
     def _train(self, step: int, elapsed: float) -> bool:
@@ -123,17 +133,23 @@ class Trainer:
             step += 1
             row = {"learning_rate": factor * config.learning_rate, "tokens": step * tokens}
             row["seconds"] = round(time.perf_counter() - begin, 3)
+            if self._stepper.left_out:
+                row["left_out"] = 1
             self._pending.append((step, loss, norm, row))
+            better = False
             if step in self._evaluate_after and self._estimate is not None:
-                row["held_out_bits_per_byte"] = self._estimate()
+                row["held_out_bits_per_byte"] = estimate = self._ranks.broadcast(self._estimate(), self._device)
+                better = config.keep_best and (self._best is None or estimate < self._best[1])
+                if better:
+                    self._best = step, estimate
             done = step == self._steps
             if done or step % config.log_every == 0:
                 self._look()
-            elif self._ranks.size > 1:
+            elif self._ranks.size > 1 and not better:
                 continue  # Processes agree to stop or save at the same steps: where they look.
             stop = self._ranks.any(self._should_stop(), self._device)
             due = time.perf_counter() - saved_at >= config.checkpoint_minutes * 60
-            if done or stop or self._ranks.any(due, self._device):
+            if done or stop or better or self._ranks.any(due, self._device):
                 self._look()
                 self._save(step, time.perf_counter() - begin)
                 saved_at = time.perf_counter()
@@ -148,14 +164,18 @@ class Trainer:
         values = torch.stack([torch.stack([loss, norm]) for _, loss, norm, _ in self._pending]).tolist()
         rows: list[dict[str, Any]] = []
         for (step, _, _, row), (loss, norm) in zip(self._pending, values, strict=True):
-            if not (math.isfinite(loss) and math.isfinite(norm)):
+            first = {"loss": loss, "bits_per_byte": loss * self._bits_per_byte, "gradient_norm": norm}
+            if "left_out" in row:
+                # JSON knows no other numbers.
+                first = {name: value for name, value in first.items() if math.isfinite(value)}
+            elif not (math.isfinite(loss) and math.isfinite(norm)):
                 self._write(rows)
                 raise TrainingError(
                     f"step {step}: the loss is {loss} and the gradient's norm {norm}; the checkpoints are from before. "
-                    "Lower the learning rate, or lengthen the warm-up, and start again"
+                    "Lower the learning rate, or lengthen the warm-up, and start again; or leave such updates out, "
+                    "with leave_out_bad_steps"
                 )
-            first = {"step": step, "loss": loss, "bits_per_byte": loss * self._bits_per_byte, "gradient_norm": norm}
-            rows.append(first | row)
+            rows.append({"step": step} | first | row)
         self._pending.clear()
         self._write(rows)
 
@@ -168,15 +188,14 @@ class Trainer:
     def _save(self, step: int, seconds: float) -> None:
         if self._metrics is not None:
             self._metrics.sync()
-        path = save_checkpoint(
-            self._folder / CHECKPOINTS_FOLDER,
+        progress: dict[str, Any] = {"seconds": seconds, "best": self._best}
+        if self._stepper.guard is not None:
+            progress["guard"] = self._stepper.guard.state()
+        self._checkpoints.save(
             step,
             self._stepper.model,
             self._stepper.optimizers,
             self._stepper.states,
-            {"seconds": seconds},
-            ranks=self._ranks,
-            keep=self._config.keep_checkpoints,
+            progress,
+            best=None if self._best is None else self._best[0],
         )
-        if self._ranks.first:
-            self._observer.saved(step, path)

@@ -68,6 +68,11 @@ class Optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = peak * factor
             optimizer.step()
+        self.discard()
+
+    def discard(self) -> None:
+        """Forget the gradients."""
+        for optimizer, _ in self._optimizers.values():
             optimizer.zero_grad(set_to_none=True)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -85,19 +90,39 @@ class Optimizers:
         Raises:
             CheckpointError: the names or shapes are of other optimisers or another model.
         """
-        parameters = {name: parameter for parameter, name in self.names.items()}
         for full_name, tensor in tensors.items():
-            kind, key, name = full_name.split("/", 2)
-            if kind not in self._optimizers or name not in parameters:
-                raise CheckpointError(f"{source} is of another optimiser or model: {full_name!r} has no place here")
-            parameter = parameters[name]
-            if tensor.ndim and tensor.shape != parameter.shape:
-                raise CheckpointError(
-                    f"{source}: {full_name!r} is {tuple(tensor.shape)}, its parameter {tuple(parameter.shape)}"
-                )
+            kind, key, parameter = self._owner(full_name, tensor.shape, source)
             self._optimizers[kind][0].state[parameter][key] = tensor.to(parameter.device)
+
+    def empty(self, stored: dict[str, tuple[torch.Size, torch.dtype]], source: object) -> dict[str, Tensor]:
+        """Tensors to read what :meth:`tensors` gave into, in shards where the parameters are.
+
+        Raises:
+            CheckpointError: as :meth:`load_tensors`.
+        """
+        made: dict[str, Tensor] = {}
+        for full_name, (shape, dtype) in stored.items():
+            _, _, parameter = self._owner(full_name, shape, source)
+            made[full_name] = torch.zeros_like(parameter, dtype=dtype) if shape else torch.zeros((), dtype=dtype)
+        return made
+
+    def _owner(self, full_name: str, shape: torch.Size, source: object) -> tuple[str, str, Tensor]:
+        """Optimiser, key and parameter that a tensor is of."""
+        parameters = {name: parameter for parameter, name in self.names.items()}
+        kind, _, rest = full_name.partition("/")
+        key, _, name = rest.partition("/")
+        if kind not in self._optimizers or name not in parameters:
+            raise CheckpointError(f"{source} is of another optimiser or model: {full_name!r} has no place here")
+        parameter = parameters[name]
+        if shape and shape != parameter.shape:
+            raise CheckpointError(f"{source}: {full_name!r} is {tuple(shape)}, its parameter {tuple(parameter.shape)}")
+        return kind, key, parameter
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
-    """Scale gradients down to a norm of at most ``largest`` (0: leave them) and give the norm before that."""
-    return nn.utils.clip_grad_norm_(parameters, largest if largest > 0 else float("inf"))
+    """Scale gradients down to a norm of at most ``largest`` (0: leave them) and give the norm before that.
+
+    Of gradients in shards, the norm is that of the whole.
+    """
+    norm = nn.utils.clip_grad_norm_(parameters, largest if largest > 0 else float("inf"))
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,37 @@ def create_run(root: Path, name: str, config: dict[str, Any], *, exact: bool = F
         raise (
             error if isinstance(error, StorageError) else StorageError(f"cannot make a run in {root}: {error}")
         ) from error
+
+
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Keep other processes of this machine from training the same run meanwhile. A process that dies lets go.
+
+    Raises:
+        ConfigError: one does.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with open(folder / ".lock", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"{folder} is being trained by another process; stop it first") from None
+        yield
+
+
+def find_launched(root: Path, name: str, launch: str) -> Path | None:
+    """The run called ``name``, ``name-2``, ... that a launch of several processes has made; None: it has made none."""
+    for folder in sorted([root / name, *root.glob(f"{name}-*")]):
+        try:
+            if read_run(folder).get("launch") == launch:
+                return folder
+        except ConfigError:
+            continue  # something else
+    return None
 
 
 def read_run(folder: Path) -> dict[str, Any]:

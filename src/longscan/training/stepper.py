@@ -8,16 +8,19 @@ import time
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from longscan.errors import ConfigError
 from longscan.models import LanguageModel
+from longscan.nn.sequence_parallel import SequencePart, sequence_parallel
 from longscan.nn.state import ModelState
 from longscan.training.batches import Batches
 from longscan.training.config import TrainConfig
 from longscan.training.distributed import Ranks
 from longscan.training.graphs import CapturedPass
+from longscan.training.guard import Guard
 from longscan.training.optimizers import Optimizers, clip_gradients
+from longscan.training.parallel import lay_out, sequence_group
 
 logger = logging.getLogger(__name__)
 
@@ -27,18 +30,6 @@ def autocast(device: torch.device, precision: str) -> Any:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
-class Loss(nn.Module):
-    """A model's loss as a module's call: what wrappers of modules see."""
-
-    def __init__(self, model: LanguageModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: Tensor, targets: Tensor, state: ModelState | None) -> tuple[Tensor, ModelState | None]:
-        """Tokens, targets (batch, length) and the state before to the mean loss in nats, and the state after."""
-        return self.model.loss_and_state(tokens, targets, state)
-
-
 class Stepper:
     """Trains a model step by step.
 
@@ -46,7 +37,7 @@ class Stepper:
         model: on ``device``; changed in place.
         config: see there.
         batches: where the tokens come from.
-        ranks: the processes that share each batch; each takes its slice.
+        ranks: the processes that share each batch; each takes its slice, or its part of a slice's sequences.
         device: where to compute.
 
     Raises:
@@ -56,29 +47,32 @@ class Stepper:
     def __init__(
         self, model: LanguageModel, config: TrainConfig, batches: Batches, *, ranks: Ranks, device: torch.device
     ) -> None:
-        parts = ranks.size * config.accumulate
+        self._group = sequence_group(ranks, config.sequence_parallel)
+        sharers = ranks.size // config.sequence_parallel
+        parts = sharers * config.accumulate
         if config.batch_size % parts:
             raise ConfigError(
-                f"batch_size {config.batch_size} must be a multiple of processes x accumulate = {ranks.size} x "
+                f"batch_size {config.batch_size} must be a multiple of processes x accumulate = {sharers} x "
                 f"{config.accumulate}"
             )
         self.model = model
+        self._net = lay_out(model, config, ranks, device)
         self.optimizers = Optimizers(model, config)
         self.states: list[ModelState] | None = None
+        #: Decides which updates are made; None: all are.
+        self.guard = Guard(config.spike) if config.leave_out_bad_steps else None
+        #: Whether the last step's update was not made.
+        self.left_out = False
         self._config = config
         self._batches = batches
         self._device = device
         rows = config.batch_size // parts
-        first = ranks.rank * config.accumulate
+        first = ranks.rank // config.sequence_parallel * config.accumulate
         self._slices = [slice(part * rows, (part + 1) * rows) for part in range(first, first + config.accumulate)]
         self._ranks = ranks
-        loss = Loss(model)
-        self._net: Any = torch.compile(loss) if config.compile else loss
         self._captured: CapturedPass | None = None
-        captures = config.cuda_graph and device.type == "cuda" and ranks.size == 1 and not config.compile
-        self._captures = captures and model.backbone.capturable
-        if ranks.size > 1:
-            self._net = torch.nn.parallel.DistributedDataParallel(self._net, broadcast_buffers=False)
+        plain = ranks.size == 1 and not (config.compile or config.compile_blocks or config.recompute)
+        self._captures = config.cuda_graph and device.type == "cuda" and plain and model.backbone.capturable
 
     def step(self, step: int, factor: float) -> tuple[Tensor, Tensor]:
         """Do step ``step`` (from 0) at ``factor`` times the peak learning rates.
@@ -103,20 +97,38 @@ class Stepper:
                 self.states[index] = after.detach() if len(self._slices) == 1 else after.detach().clone()
             total += loss
         norm = clip_gradients(self.model.parameters(), config.clip)
-        self.optimizers.step(factor)
-        return self._ranks.mean(total), norm
+        loss = self._ranks.mean(total)
+        self.left_out = self.guard is not None and not self.guard.accepts(*self._agreed(loss, norm))
+        if self.left_out:
+            self.optimizers.discard()
+            self.states = None  # what made the gradient bad may be in them
+        else:
+            self.optimizers.step(factor)
+        return loss, norm
+
+    def _agreed(self, *values: Tensor) -> list[float]:
+        """Numbers, of the last bit the same in all processes."""
+        return [self._ranks.broadcast(value.item(), self._device) for value in values]
 
     def _pass(
         self, index: int, tokens: Tensor, targets: Tensor, state: ModelState | None
     ) -> tuple[Tensor, ModelState | None]:
         """Forward and backward of one micro-batch: its part of the mean loss, and the state after it."""
         last = index == len(self._slices) - 1
-        # Only the last micro-batch needs to exchange gradients.
-        quiet = contextlib.nullcontext() if last or self._ranks.size == 1 else self._net.no_sync()
-        with quiet:
+        # Replicas need to exchange gradients only after the last micro-batch; shards do after each, for the memory.
+        replicas = isinstance(self._net, torch.nn.parallel.DistributedDataParallel)
+        quiet = self._net.no_sync() if replicas and not last else contextlib.nullcontext()
+        with quiet, self._sequence_part() as part:
+            if part is not None:
+                tokens, targets = part.take(tokens), part.take(targets)
             loss, after = self._loss(tokens, targets, state)
             loss.backward()
         return loss.detach(), after
+
+    def _sequence_part(self) -> contextlib.AbstractContextManager[SequencePart | None]:
+        if self._group is None:
+            return contextlib.nullcontext()
+        return sequence_parallel(self._group, length=self._config.sequence_length)
 
     def _loss(self, tokens: Tensor, targets: Tensor, state: ModelState | None) -> tuple[Tensor, ModelState | None]:
         with autocast(self._device, self._config.precision):
@@ -161,6 +173,7 @@ class Stepper:
         self.model.load_state_dict(before)
         self.optimizers = Optimizers(self.model, self._config)
         self.states = None
+        self.guard = Guard(self._config.spike) if self.guard is not None else None
         torch.set_rng_state(random)
         typical = sorted(durations)[len(durations) // 2]
         return self._ranks.broadcast(typical, self._device)

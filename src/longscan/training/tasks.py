@@ -20,6 +20,7 @@ from torch import Tensor
 
 from longscan.errors import CheckpointError, ConfigError, TrainingError
 from longscan.models import Classifier, ClassifierConfig, LanguageModel, LanguageModelConfig, Sashimi, SashimiConfig
+from longscan.models.matching import match
 from longscan.nn.mixer import SequenceMixer
 from longscan.nn.storage import load_tensors, save_tensors
 from longscan.tasks.task import Recipe, Task
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 TaskModel = LanguageModel | Classifier | Sashimi
 
+# Matched widths are multiples of this, as matrix units want.
+_MULTIPLE = 8
 # A captured step is compiled, and libraries allocate what they keep, before it is captured.
 _WARM_UP = 3
 
@@ -53,6 +56,8 @@ def task_config(
         "block_options": recipe.block_options,
     }
     tokens_asked_last = task.inputs == "tokens" and task.readout == "last"
+    if recipe.parameters and (recipe.model == "sashimi" or not tokens_asked_last):
+        raise ConfigError(f"parameters: widths are matched for language models only; give d_model for {task.name}")
     if recipe.model == "sashimi":
         if not tokens_asked_last:
             raise ConfigError(
@@ -61,7 +66,8 @@ def task_config(
         return SashimiConfig.from_dict({"vocab_size": task.vocabulary, **shared, **recipe.model_options})
     shared["d_intermediate"] = recipe.d_intermediate
     if tokens_asked_last:
-        return LanguageModelConfig.from_dict({"vocab_size": task.vocabulary, **shared, **recipe.model_options})
+        config = LanguageModelConfig.from_dict({"vocab_size": task.vocabulary, **shared, **recipe.model_options})
+        return match(config, recipe.parameters, _MULTIPLE) if recipe.parameters else config
     reads = {"vocab_size": task.vocabulary} if task.inputs == "tokens" else {"d_input": task.channels}
     shared |= reads | {"n_outputs": task.outputs}
     if task.readout != "pooled":

@@ -12,6 +12,7 @@ from longscan.integrations.mamba_ssm.conv import causal_conv1d_fn, causal_conv1d
 from longscan.integrations.mamba_ssm.language_model import MambaConfig, MambaLMHeadModel
 from longscan.integrations.mamba_ssm.scan import mamba_inner_fn, selective_scan_fn
 from longscan.integrations.mamba_ssm.step import selective_state_update
+from longscan.models.decoding import Graphs
 from tests.integrations.mamba_ssm import formulas
 from tests.integrations.mamba_ssm.test_scan import arguments, inner_arguments
 
@@ -73,9 +74,19 @@ def test_steps() -> None:
         formulas.close(one.cpu(), other)
 
 
-def test_generation() -> None:
+@pytest.mark.parametrize("batch", [2, 7])
+def test_generation(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokens after the prompt are replays of a graph of the compiled step."""
     torch.manual_seed(0)
     model = MambaLMHeadModel(MambaConfig(d_model=32, n_layer=2, vocab_size=40))
-    tokens = torch.randint(0, 40, (2, 7))
+    tokens = torch.randint(0, 40, (batch, 7))
     expected = model.generate(tokens, 15)
+    steps, step = [], Graphs.step
+
+    def counted(self: Graphs, *args: Any) -> Any:
+        steps.append(len(args[0]))
+        return step(self, *args)
+
+    monkeypatch.setattr(Graphs, "step", counted)
     assert torch.equal(model.cuda().generate(tokens.cuda(), 15, cg=True).cpu(), expected)
+    assert steps == [batch] * 7

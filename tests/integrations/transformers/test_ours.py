@@ -274,3 +274,11 @@ def test_a_pipeline(tmp_path: Path) -> None:
     found = write(prompts, max_new_tokens=4, do_sample=False, batch_size=2, return_full_text=False)
     expected = model.generate([[1, 2, 3, 4, 5], [6, 7]], 4, temperature=0).tokens
     assert [out[0]["generated_text"] for out in found] == [tokenizer.decode(tokens) for tokens in expected]
+
+
+def test_int8_weights_are_refused_in_words(tmp_path: Path) -> None:
+    model = make().quantize()
+    with pytest.raises(CheckpointError, match=r"has int8 weights.*LanguageModel\.from_pretrained"):
+        load(model, tmp_path)
+    with pytest.raises(ArgumentError, match="model: has int8 weights"):
+        hf.LongscanForCausalLM.from_longscan(model)

@@ -14,7 +14,7 @@ from longscan.errors import ArgumentError, BackendError
 from longscan.ops.int8 import Int8Matrix, dequantize, quantize
 from longscan.ops.mamba_step import MambaDecoder, MambaStepWeights, mamba_block_step
 from longscan.ops.mamba_step.decoder import State
-from longscan.ops.mamba_step.weights import Matrix
+from longscan.ops.mamba_step.matrices import Matrix
 
 TOLERANCE = 2e-5
 

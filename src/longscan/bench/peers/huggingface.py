@@ -1,16 +1,18 @@
-"""Transformers' Mamba (`transformers`), in plain PyTorch as it runs where no kernels are installed.
+"""Transformers' Mamba and its kin (`transformers`), in plain PyTorch as it runs where no kernels are installed.
 
 With :func:`accelerated` it runs on our operators instead, as after `longscan.integrations.transformers.enable()`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longscan.integrations.transformers.caches import NAMES
 from longscan.mixers import Mamba
 from longscan.models import LanguageModel
 
@@ -18,8 +20,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def accelerated(call: Callable[P, T]) -> Callable[P, T]:
-    """The call with Transformers' Mamba on our operators.
+def accelerated(call: Callable[P, T], families: Sequence[str] = ("mamba",)) -> Callable[P, T]:
+    """The call with Transformers' models of some families on our operators.
 
     They are put in before it and taken out after it, so that the contender without them stays as it is.
     """
@@ -27,7 +29,7 @@ def accelerated(call: Callable[P, T]) -> Callable[P, T]:
     def accelerated_call(*args: P.args, **kwargs: P.kwargs) -> T:
         from longscan.integrations.transformers import enable
 
-        with enable(("mamba",)):
+        with enable(families):
             return call(*args, **kwargs)
 
     return accelerated_call
@@ -74,6 +76,46 @@ def language_model(model: LanguageModel) -> nn.Module:
     peer.load_state_dict(state)
     peer.tie_weights()
     return peer.to(weight.device)
+
+
+def of_family(family: str, layers: int, d_model: int, vocabulary: int) -> nn.Module:
+    """A causal language model with random weights and the proportions of the published ones, for inference.
+
+    Those are Falcon Mamba 7B, Jamba v0.1 and Zamba 7B v1; heads of attention are of 64 channels at most.
+    """
+    _import()
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    heads = max(1, d_model // 64)
+    hybrid = {"num_attention_heads": heads, "mamba_dt_rank": max(1, d_model // 16)}
+    own: dict[str, dict[str, Any]] = {
+        "falcon_mamba": {},
+        "jamba": {
+            **hybrid, "num_key_value_heads": max(1, heads // 4), "intermediate_size": 7 * d_model // 2,
+            "num_experts": 16, "num_experts_per_tok": 2, "attn_layer_period": 8, "attn_layer_offset": 4,
+            "expert_layer_period": 2, "expert_layer_offset": 1,
+        },
+        "zamba": {
+            **hybrid, "num_key_value_heads": heads, "intermediate_size": 4 * d_model, "n_mamba_heads": 2,
+            "attn_layer_period": 6, "attn_layer_offset": 4,
+        },
+    }  # fmt: skip
+    config = AutoConfig.for_model(
+        family, hidden_size=d_model, num_hidden_layers=layers, vocab_size=vocabulary, pad_token_id=0, **own[family]
+    )
+    model: Any = AutoModelForCausalLM.from_config(config)
+    return model.eval().requires_grad_(False)
+
+
+def stepper(model: nn.Module) -> Callable[[Tensor, Any], tuple[Tensor, Any]]:
+    """Of a causal language model: from tokens (batch, length) and a cache, or None, to scores and the cache."""
+    name = next(name for name in NAMES if name in inspect.signature(model.forward).parameters)
+
+    def step(tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        output = model(input_ids=tokens, use_cache=True, **{} if cache is None else {name: cache})
+        return output.logits, getattr(output, name)
+
+    return step
 
 
 def loss(peer: nn.Module, tokens: Tensor, targets: Tensor, vocabulary: int) -> Tensor:

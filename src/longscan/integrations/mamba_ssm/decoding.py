@@ -1,4 +1,4 @@
-"""One compiled call per token, where a model is all plain Mamba on the CPU (:mod:`longscan.ops.mamba_step`)."""
+"""One compiled call per token where a model is all plain Mamba (:mod:`longscan.ops.mamba_step`); on a GPU a graph."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from longscan.integrations.mamba_ssm.block import Block
 from longscan.integrations.mamba_ssm.layouts import channels_last
 from longscan.integrations.mamba_ssm.module import Mamba
 from longscan.integrations.mamba_ssm.norm import RMSNorm
+from longscan.mixers.mamba import MambaState
+from longscan.models.decoding import DecoderStepper, Graphs, Stepper
+from longscan.nn.state import ModelState
 
 if TYPE_CHECKING:
     from longscan.ops.mamba_step import MambaStepWeights
@@ -28,13 +31,15 @@ def compiled_step(model: Any, cache: Any) -> Callable[[Tensor], Tensor] | None:
         model: a `MambaLMHeadModel`; its weights are read now.
         cache: an `InferenceParams` after the prompt. Its states are copied, and not kept up to date.
     """
-    from longscan.ops.mamba_step import MambaDecoder
+    from longscan.ops.mamba_step import CudaMambaDecoder, MambaDecoder
 
     backbone, head = model.backbone, model.lm_head
-    if model.lm_head.weight.device.type != "cpu" or torch.is_autocast_enabled("cpu") or not _plain(model):
+    device = head.weight.device
+    make: Any = {"cpu": MambaDecoder, "cuda": CudaMambaDecoder}.get(device.type)
+    if make is None or torch.is_autocast_enabled(device.type) or not _plain(model):
         return None
     try:
-        decoder = MambaDecoder(
+        decoder = make(
             [_weights(block) for block in backbone.layers],
             embedding=backbone.embedding.weight,
             final_norm=backbone.norm_f.weight,
@@ -44,10 +49,20 @@ def compiled_step(model: Any, cache: Any) -> Callable[[Tensor], Tensor] | None:
     except BackendError:
         return None
     kept = [cache.key_value_memory_dict[block.mixer.layer_idx] for block in backbone.layers]
-    states = [(channels_last(conv[..., 1:]).contiguous(), ssm.contiguous()) for conv, ssm in kept]
-    if any(ssm.dtype != torch.float32 for _, ssm in states):
+    states = [MambaState(channels_last(conv[..., 1:]).contiguous(), ssm.contiguous()) for conv, ssm in kept]
+    if any(state.ssm.dtype != torch.float32 for state in states):
         return None
-    return lambda tokens: decoder.step(tokens, states).to(head.weight.dtype)
+    stepper: Stepper = DecoderStepper(decoder)
+    if device.type == "cuda":
+        stepper = Graphs(stepper, device)
+    state = ModelState(tuple(states))
+
+    def step(tokens: Tensor) -> Tensor:
+        nonlocal state
+        logits, state = stepper.step(tokens, state)
+        return logits.to(head.weight.dtype)
+
+    return step
 
 
 def _plain(model: nn.Module) -> bool:

@@ -19,6 +19,7 @@ from longscan.integrations.transformers.watch import Steps
 from longscan.models.backbone import Backbone
 from longscan.models.decoding import CompiledStepper
 from longscan.models.language_model import LanguageModel
+from longscan.models.pretrained import QUANTIZATION
 from longscan.nn.state import ModelState
 
 
@@ -72,6 +73,9 @@ class LongscanForCausalLM(PreTrainedModel, GenerationMixin):
 
     Args:
         config: a :class:`LongscanConfig`.
+
+    Raises:
+        CheckpointError: the configuration is one of a folder with int8 weights, which Transformers does not read.
     """
 
     config_class = LongscanConfig
@@ -85,6 +89,11 @@ class LongscanForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: LongscanConfig) -> None:
         super().__init__(config)
+        if (quantization := getattr(config, QUANTIZATION, None)) is not None:
+            raise CheckpointError(
+                f"{config.name_or_path}: has {quantization} weights, which Transformers' loader does not read; use "
+                "LanguageModel.from_pretrained, or save the model before it is quantised"
+            )
         ours = config.to_longscan()
         self.backbone = Backbone(ours)
         self.lm_head = nn.Linear(ours.d_model, ours.padded_vocab_size, bias=False)
@@ -97,7 +106,13 @@ class LongscanForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_longscan(cls, model: LanguageModel, **more: Any) -> LongscanForCausalLM:
-        """The same model, sharing its weights; ``more`` are fields of the configuration (``eos_token_id`` ...)."""
+        """The same model, sharing its weights; ``more`` are fields of the configuration (``eos_token_id`` ...).
+
+        Raises:
+            ArgumentError: its weights are quantised.
+        """
+        if model.quantization is not None:
+            raise ArgumentError(f"model: has {model.quantization} weights, which are not Transformers'; wrap it before")
         with torch.device("meta"):
             wrapped = cls(LongscanConfig.from_longscan(model.config, **more))
         wrapped.backbone, wrapped.lm_head = model.backbone, model.lm_head

@@ -45,6 +45,7 @@ _CACHE = ("update_conv_state", "update_recurrent_state", "layer_idx")
 _PARTS = ("in_proj", "conv1d", "conv_kernel_size", "activation", "time_step_rank", "ssm_state_size")
 _LINEAR = ("x_proj", "dt_proj", "out_proj", "A_log", "D")
 _NORMS = ("dt_layernorm", "b_layernorm", "c_layernorm")
+_BACKBONE = ("backbone", "float")
 _HEADS = ("n_mamba_heads", "x_proj_weight", "dt_proj_weight", "dt_proj_bias", "out_proj", "A_log", "D")
 
 
@@ -65,6 +66,11 @@ def _model(family: str, owner: str, *names: str) -> Patch:
     return Patch(family, owner, models.make_model_forward, ("self", "input_ids"), ("layers", *names))
 
 
+def _language_model(family: str, owner: str, output: str, *names: str) -> Patch:
+    make = functools.partial(models.make_language_model_forward, output)
+    return Patch(family, owner, make, ("self", "input_ids", "attention_mask"), ("lm_head", "logits_to_keep", *names))
+
+
 PATCHES = (
     _mixer("mamba", "MambaMixer", mixers.MAMBA, *_LINEAR, hooked=("conv1d", "dt_proj")),
     _mixer("falcon_mamba", "FalconMambaMixer", mixers.NORMED, *_LINEAR, *_NORMS, hooked=("conv1d", "dt_proj")),
@@ -74,13 +80,10 @@ PATCHES = (
     _model("falcon_mamba", "FalconMambaModel", "embeddings", "norm_f"),
     _model("jamba", "JambaModel", "embed_tokens", "final_layernorm"),
     _model("zamba", "ZambaModel", "embed_tokens", "final_layernorm"),
-    Patch(
-        "mamba",
-        "MambaForCausalLM",
-        models.make_language_model_forward,
-        ("self", "input_ids", "attention_mask", "inputs_embeds", "cache_params"),
-        ("backbone", "lm_head", "float"),
-    ),
+    _language_model("mamba", "MambaForCausalLM", "MambaCausalLMOutput", *_BACKBONE),
+    _language_model("falcon_mamba", "FalconMambaForCausalLM", "FalconMambaCausalLMOutput", *_BACKBONE),
+    _language_model("jamba", "JambaForCausalLM", "MoeCausalLMOutputWithPast", "model"),
+    _language_model("zamba", "ZambaForCausalLM", "CausalLMOutputWithPast", "model"),
 )
 
 # What is replaced at present: (class, name) to the original and the replacement.

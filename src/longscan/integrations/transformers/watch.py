@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,15 @@ _READ_IN_PLACE = (nn.Linear, nn.Embedding, StepProjection)
 _compare = (ctypes.CDLL("msvcrt") if os.name == "nt" else ctypes.CDLL(None)).memcmp
 _compare.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
-S = TypeVar("S")
+
+class Step(Protocol):
+    """What is made of a model."""
+
+    def reads_in_place(self) -> frozenset[int]:
+        """Addresses of parameters that it reads where they lie."""
+
+
+S = TypeVar("S", bound=Step)
 
 
 class Steps(Generic[S]):
@@ -50,7 +58,8 @@ class Steps(Generic[S]):
             step: S | None = None
             with suppress(BackendError, ArgumentError):
                 step = self._build(model)
-            kept = self._kept[model] = (step, Watch(model, contents=step is not None), threading.Lock())
+            watch = Watch(model, contents=step is not None, in_place=step.reads_in_place() if step else frozenset())
+            kept = self._kept[model] = (step if watch.holds() else None, watch, threading.Lock())
         step, _, lock = kept
         if step is None or not lock.acquire(blocking=False):
             yield None
@@ -67,9 +76,10 @@ class Watch:
     Args:
         model: on the CPU, if ``contents``.
         contents: whether contents matter; they do not where no step could be made.
+        in_place: addresses of parameters whose contents do not matter either.
     """
 
-    def __init__(self, model: nn.Module, contents: bool = True) -> None:
+    def __init__(self, model: nn.Module, contents: bool = True, in_place: frozenset[int] = frozenset()) -> None:
         self._modules: list[tuple[dict[str, Any], str, Any, Any]] = []
         self._parameters: list[tuple[dict[str, Any], str, Any, int]] = []
         self._contents: list[tuple[int, int, int]] = []
@@ -84,7 +94,9 @@ class Watch:
                 self._parameters.append(
                     (module._parameters, name, parameter, 0 if parameter is None else parameter.data_ptr())
                 )
-                if contents and parameter is not None and not (type(module) in _READ_IN_PLACE and name == "weight"):
+                if not contents or parameter is None or parameter.data_ptr() in in_place:
+                    continue
+                if not (type(module) in _READ_IN_PLACE and name == "weight"):
                     self._copy(parameter)
 
     def _copy(self, parameter: Tensor) -> None:

@@ -28,6 +28,15 @@ from __future__ import annotations
 
 from longscan.ops.mamba_step.cuda import CudaMambaDecoder
 from longscan.ops.mamba_step.decoder import MambaDecoder, mamba_block_step
+from longscan.ops.mamba_step.mlp_weights import MlpStepWeights
+from longscan.ops.mamba_step.vectors import VectorProducts
 from longscan.ops.mamba_step.weights import MambaStepWeights
 
-__all__ = ["CudaMambaDecoder", "MambaDecoder", "MambaStepWeights", "mamba_block_step"]
+__all__ = [
+    "CudaMambaDecoder",
+    "MambaDecoder",
+    "MambaStepWeights",
+    "MlpStepWeights",
+    "VectorProducts",
+    "mamba_block_step",
+]

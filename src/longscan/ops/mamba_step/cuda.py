@@ -18,7 +18,9 @@ from torch import Tensor
 
 from longscan.errors import BackendError
 from longscan.ops import nvrtc
-from longscan.ops.mamba_step.weights import MambaModelWeights, MambaStepWeights, Matrix
+from longscan.ops.mamba_step.matrices import Matrix
+from longscan.ops.mamba_step.model_weights import MambaModelWeights, StepWeights
+from longscan.ops.mamba_step.weights import MambaStepWeights
 from longscan.ops.nvrtc import FORMATS, addresses
 
 _FOLDER = Path(__file__).parent
@@ -50,12 +52,13 @@ class CudaMambaDecoder:
 
     Raises:
         ArgumentError: no layers, layers of different sizes, or shapes that do not fit.
-        BackendError: no NVIDIA GPU of compute capability 8.0, no cuda-core, or matrices of several dtypes.
+        BackendError: no NVIDIA GPU of compute capability 8.0, no cuda-core, matrices of several dtypes, or layers other
+            than Mamba's as it was published: MLPs, heads, norms of what is selected.
     """
 
     def __init__(
         self,
-        layers: Sequence[MambaStepWeights],
+        layers: Sequence[StepWeights],
         *,
         embedding: Tensor,
         final_norm: Tensor,
@@ -246,7 +249,13 @@ class Layer:
         )  # fmt: skip
 
     @staticmethod
-    def of(weights: MambaStepWeights) -> Layer:
+    def of(weights: StepWeights) -> Layer:
+        if not isinstance(weights, MambaStepWeights):
+            raise BackendError("layers: got an MLP, which the compiled step takes on the CPU only")
+        if weights.selection_norm is not None or weights.paired or weights.heads > 1:
+            raise BackendError(
+                "layers: got inner norms or several heads, which the compiled step takes on the CPU only"
+            )
         vectors = weights.vectors
         return Layer(
             norm=vectors["NORM"],

@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 from longscan.ops.int8 import Int8Matrix
-from longscan.ops.mamba_step.weights import Matrix
+from longscan.ops.mamba_step.matrices import Matrix
 
 # Of Linux on x86-64 and, with pages of 4 KiB, on ARM.
 _LARGE = 1 << 21

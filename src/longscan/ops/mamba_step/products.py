@@ -97,11 +97,11 @@ def _four(row, form, item, columns, x, stride, following):  # type: ignore[no-un
 
 
 @inline
-def _rows(form, item, matrix, first, last, columns, bias, x, x_stride, batch, out, out_stride):  # type: ignore[no-untyped-def]
+def _rows(form, item, matrix, span, first, last, columns, bias, x, x_stride, batch, out, out_stride):  # type: ignore[no-untyped-def]
     # With several vectors a core computes longer than it reads, and has to ask for the next row early.
-    step = columns * item if item == 2 or batch > 4 else 0
+    step = span if item == 2 or batch > 4 else 0
     for r in range(first, last):
-        row = matrix + r * columns * item
+        row = matrix + r * span
         offset = load_scalar(bias + 4 * r) if bias != 0 else 0.0
         to = out + 4 * (r - first)
         b = 0
@@ -179,9 +179,9 @@ def _four_int8(row, scales, columns, x, stride):  # type: ignore[no-untyped-def]
 
 
 @inline
-def _rows_int8(matrix, scales, first, last, columns, bias, x, x_stride, batch, out, out_stride):  # type: ignore[no-untyped-def]
+def _rows_int8(matrix, span, scales, first, last, columns, bias, x, x_stride, batch, out, out_stride):  # type: ignore[no-untyped-def]
     for r in range(first, last):
-        row, scale = matrix + r * columns, scales + 4 * r * ((columns + GROUP - 1) // GROUP)
+        row, scale = matrix + r * span, scales + 4 * r * ((columns + GROUP - 1) // GROUP)
         offset = load_scalar(bias + 4 * r) if bias != 0 else 0.0
         to = out + 4 * (r - first)
         b = 0
@@ -198,18 +198,18 @@ def _rows_int8(matrix, scales, first, last, columns, bias, x, x_stride, batch, o
 
 
 @kernel
-def product(form, matrix, scales, first, last, columns, bias, x, x_stride, batch, out, out_stride):  # type: ignore[no-untyped-def]
+def product(form, matrix, span, scales, first, last, columns, bias, x, x_stride, batch, out, out_stride):  # type: ignore[no-untyped-def]
     """Rows [first, last) of a matrix (rows, columns) times each of `batch` float32 vectors, plus a bias.
 
-    Addresses and strides are in bytes; a bias of 0 is none; `scales` are read for INT8 only. The result of row `first`
-    goes to `out`.
+    Addresses, strides and `span`, from one row to the next, are in bytes; a bias of 0 is none; `scales` are read for
+    INT8 only. The result of row `first` goes to `out`.
     """
     # The format is a constant in each of the loops.
     if form == FLOAT32:
-        _rows(FLOAT32, 4, matrix, first, last, columns, bias, x, x_stride, batch, out, out_stride)
+        _rows(FLOAT32, 4, matrix, span, first, last, columns, bias, x, x_stride, batch, out, out_stride)
     elif form == BFLOAT16:
-        _rows(BFLOAT16, 2, matrix, first, last, columns, bias, x, x_stride, batch, out, out_stride)
+        _rows(BFLOAT16, 2, matrix, span, first, last, columns, bias, x, x_stride, batch, out, out_stride)
     elif form == INT8:
-        _rows_int8(matrix, scales, first, last, columns, bias, x, x_stride, batch, out, out_stride)
+        _rows_int8(matrix, span, scales, first, last, columns, bias, x, x_stride, batch, out, out_stride)
     elif HAS_FLOAT16:
-        _rows(FLOAT16, 2, matrix, first, last, columns, bias, x, x_stride, batch, out, out_stride)
+        _rows(FLOAT16, 2, matrix, span, first, last, columns, bias, x, x_stride, batch, out, out_stride)
