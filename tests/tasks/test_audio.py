@@ -135,7 +135,7 @@ def test_notes_depend_on_the_seed_alone() -> None:
 def test_a_model_learns_and_goes_on(tmp_path: Path) -> None:
     pytest.importorskip("scipy")
     task = NotesStandin(128)
-    model = task_model(task, "s4d", RECIPE, seed=0, device=CPU)
+    model = task_model(task, "lstm", RECIPE, seed=0, device=CPU)
     trainer = TaskTrainer(task, model, RECIPE, seed=1, device=CPU)
     trainer.advance(30)
     bits = evaluate_task(model, task, length=128, sequences=20)
