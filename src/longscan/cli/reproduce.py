@@ -23,7 +23,6 @@ from longscan.cli.train import Stop
 from longscan.errors import ConfigError
 from longscan.evaluation.waveforms import continue_waveform
 from longscan.experiments import (
-    SCALES,
     Published,
     Result,
     Run,
@@ -34,6 +33,7 @@ from longscan.experiments import (
     read_results,
     read_settings,
     results_page,
+    scales_of,
 )
 from longscan.experiments.report import best_cell, duration, figure_cell, metric_words
 from longscan.models import LanguageModel, Sashimi
@@ -64,8 +64,9 @@ class Options:
     """Show the experiments, what they cost and what has been measured."""
     report: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Only write docs/results.md and the figures from the result files."""
-    scale: Literal["auto", "paper", "here"] = "auto"
-    """The published setting, or one for two CPU cores; auto: the published one on a GPU."""
+    scale: Literal["auto", "paper", "short", "here"] = "auto"
+    """The published setting; its task, trained for minutes on a GPU (some have that); or one for two CPU cores. auto:
+    the published one on a GPU."""
     only: str | None = None
     """Systems to run, with commas between; default: all of the experiment."""
     sizes: str | None = None
@@ -218,11 +219,11 @@ def _list(options: Options) -> Table:
     for name in _names(options.experiments):
         values = read_toml(options.experiments / f"{name}.toml")
         results = read_results(options.results, name)
-        for scale in SCALES:
+        for scale in scales_of(values):
             settings = read_settings(name, values, scale)
             done = {result.system: result.family or result.system for result in results if result.scale == scale}
             names = escape(", ".join(dict.fromkeys(done.values())))
-            first = scale == SCALES[0]
+            first = scale == "paper"
             table.add_row(
                 f"[bold]{name.replace('_', '-')}[/]" if first else escape(settings.title),
                 scale,

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Mapping
 
 from longscan.experiments.published import Published, beside
 from longscan.experiments.results import Result
+from longscan.experiments.settings import ALL_SCALES
 from longscan.tasks.task import Metric
 
 _HEAD = """# Results
 
 Written by `longscan reproduce --report` from the files in `results/`; do not edit. Our figures come first, published
-ones in brackets behind them. *paper* is the published setting, *here* the one scaled down for two CPU cores. Each
-section names the command that makes it.
+ones in brackets behind them. *paper* is the published setting, *short* its task with minutes of training on a GPU,
+*here* one scaled down for two CPU cores. Each section names the command that makes it.
 """
 
 
@@ -22,7 +23,8 @@ def results_page(results: Iterable[Result], published: Mapping[str, Published]) 
     for result in results:
         groups.setdefault((result.experiment, result.scale), []).append(result)
     parts = [_HEAD]
-    for (_, scale), members in sorted(groups.items(), key=lambda item: (item[0][0], item[0][1] != "paper")):
+    order = {scale: number for number, scale in enumerate(ALL_SCALES)}
+    for (_, scale), members in sorted(groups.items(), key=lambda item: (item[0][0], order[item[0][1]])):
         parts.append(_section(members, scale, beside(published, members[0].published, scale)))
     return "\n".join(parts)
 

@@ -226,6 +226,10 @@ class Task(abc.ABC):
         """(batch,) places of each that count, from the first; None: all. For readouts that are not "last"."""
         return None
 
+    def words(self, tokens: Tensor) -> str | None:
+        """What a person reads, for a sequence (places,) of tokens; None: tokens have no names."""
+        return None
+
     def loss(self, scores: Tensor, targets: Tensor) -> Tensor:
         """What training lowers: the mean, over all that is asked, of the cross-entropy in nats of scores (...,
         outputs), or of the squared error where targets are values."""
