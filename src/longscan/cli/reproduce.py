@@ -21,6 +21,7 @@ from rich.table import Table
 from longscan.cli.config import read_toml
 from longscan.cli.train import Stop
 from longscan.errors import ConfigError
+from longscan.evaluation.waveforms import continue_waveform
 from longscan.experiments import (
     Published,
     Result,
@@ -34,11 +35,12 @@ from longscan.experiments import (
     results_page,
     scales_of,
 )
-from longscan.experiments.report import duration, figure_cell, metric_words
-from longscan.models import LanguageModel
+from longscan.experiments.report import best_cell, duration, figure_cell, metric_words
+from longscan.models import LanguageModel, Sashimi
 from longscan.nn.storage import write_text
 from longscan.plots.experiments import plot_experiment
 from longscan.plots.selection import plot_selection
+from longscan.tasks.audio import Waveforms
 from longscan.training.tasks import Point
 
 _PUBLISHED = "published.toml"
@@ -118,6 +120,9 @@ def run(options: Options, console: Console | None = None) -> int:
             if selects and isinstance(done.model, LanguageModel):
                 path = options.results / settings.name / f"selection-{settings.scale}.png"
                 console.print(f"written: {plot_selection(done.model, settings.task, path)}")
+            if isinstance(settings.task, Waveforms) and isinstance(done.model, Sashimi):
+                path = continue_waveform(done.model, settings.task, done.path.with_name("sample.wav"), options.seed)
+                console.print(f"written: {path}")
     results = read_results(options.results, settings.name)
     console.print(_table(settings, results, beside(published, settings.published, settings.scale)))
     for path in plot_experiment(results, published, options.results):
@@ -241,9 +246,11 @@ def _table(settings: Settings, results: list[Result], published: Published | Non
     )
     own = [result for result in results if result.scale == settings.scale]
     keys = sorted({int(key) for result in own for key in result.figures})
-    names = [escape(result.label) for result in own]
+    head = [settings.task.axis, *(escape(result.label) for result in own)]
     rows = [[f"{key:,}", *(figure_cell(result, key, published) for result in own)] for key in keys]
-    head = [settings.task.axis, *names]
+    if any(result.best for result in own):
+        head.append("the best possible")
+        rows = [[*row, best_cell(own, key)] for row, key in zip(rows, keys, strict=True)]
     if len(own) > _ABREAST:
         head, *rows = (list(row) for row in zip(head, *rows, strict=True))
     for column in head:
