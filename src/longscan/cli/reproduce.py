@@ -21,6 +21,7 @@ from rich.table import Table
 from longscan.cli.config import read_toml
 from longscan.cli.train import Stop
 from longscan.errors import ConfigError
+from longscan.evaluation.waveforms import continue_waveform
 from longscan.experiments import (
     Published,
     Result,
@@ -34,11 +35,12 @@ from longscan.experiments import (
     results_page,
     scales_of,
 )
-from longscan.experiments.report import duration, figure_cell, metric_words, result_name
-from longscan.models import LanguageModel
+from longscan.experiments.report import best_cell, duration, figure_cell, metric_words, result_name
+from longscan.models import LanguageModel, Sashimi
 from longscan.nn.storage import write_text
 from longscan.plots.experiments import plot_experiment
 from longscan.plots.selection import plot_selection
+from longscan.tasks.audio import Waveforms
 from longscan.training.tasks import Point
 
 _PUBLISHED = "published.toml"
@@ -118,6 +120,9 @@ def run(options: Options, console: Console | None = None) -> int:
             if selects and isinstance(done.model, LanguageModel):
                 path = options.results / settings.name / f"selection-{settings.scale}.png"
                 console.print(f"written: {plot_selection(done.model, settings.task, path)}")
+            if isinstance(settings.task, Waveforms) and isinstance(done.model, Sashimi):
+                path = continue_waveform(done.model, settings.task, done.path.with_name("sample.wav"), options.seed)
+                console.print(f"written: {path}")
     results = read_results(options.results, settings.name)
     own = [result for result in results if result.scale == settings.scale]
     console.print(experiment_table(own, beside(published, settings.published, settings.scale)))
@@ -243,9 +248,11 @@ def experiment_table(results: Sequence[Result], published: Published | None) -> 
         pad_edge=False,
     )
     keys = sorted({int(key) for result in results for key in result.figures})
-    names = [escape(result_name(result)) for result in results]
+    head = [first.axis, *(escape(result_name(result)) for result in results)]
     rows = [[f"{key:,}", *(figure_cell(result, key, published) for result in results)] for key in keys]
-    head = [first.axis, *names]
+    if any(result.best for result in results):
+        head.append("the best possible")
+        rows = [[*row, best_cell(results, key)] for row, key in zip(rows, keys, strict=True)]
     if len(results) > _ABREAST:
         head, *rows = (list(row) for row in zip(head, *rows, strict=True))
     for column in head:

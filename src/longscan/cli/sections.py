@@ -32,8 +32,8 @@ from longscan.plots.training import draw_runs, draw_speed, draw_training
 from longscan.training.metrics import METRICS_FILE, read_metrics
 from longscan.training.runs import HELD_OUT_FILE, SAMPLE_FILE, read_run
 
-# Of the steps, that a run's last loss is the mean of.
-_LAST = 0.02
+# A run's last loss is the mean over so many percent of its steps.
+_LAST = 2
 # A benchmark with more settings has its tables folded.
 _OPEN = 4
 
@@ -123,7 +123,7 @@ def _figures(folder: Path) -> dict[str, str]:
         **_progress(rows, config["training"]["steps"], config["corpus"]["train_tokens"]),
     }
     if held_out:
-        boxes["held-out bits per byte"] = f"{held_out['bits_per_byte']:.4f}"
+        boxes["held-out, bits per byte"] = f"{held_out['bits_per_byte']:.4f}"
     boxes |= {
         f"{name}, bits per byte": f"{value:.4f}"
         for name, value in held_out.get("compressors_bits_per_byte", {}).items()
@@ -142,10 +142,10 @@ def _progress(rows: Sequence[Mapping[str, Any]], planned: int, corpus: int) -> d
         "time of training": duration(last["seconds"]),
         "tokens/s": f"{statistics.median(speeds):,.0f}" if speeds else "",
     }
-    recent = [row for row in rows if row["step"] > last["step"] * (1 - _LAST)]
-    for key, words in (("loss", "training loss, nats"), ("bits_per_byte", "training bits per byte")):
+    recent = [row for row in rows if row["step"] > last["step"] * (1 - _LAST / 100)]
+    for key, words in (("loss", "nats"), ("bits_per_byte", "bits per byte")):
         values = [row[key] for row in recent if key in row]
-        boxes[words] = f"{statistics.fmean(values):.4f} (last {len(values)} steps)" if values else ""
+        boxes[f"training, {words}, last {_LAST}%"] = f"{statistics.fmean(values):.4f}" if values else ""
     return boxes
 
 
@@ -227,11 +227,11 @@ def _machine(values: Mapping[str, Any], device: str | None) -> list[Html]:
         "commit": values.get("commit") or "",
         "date": values.get("date") or "",
         "command": values.get("command") or "",
-        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
     if not versions and "longscan" in values:
-        boxes["versions"] = f"longscan {values['longscan']}"
-    return [folded("Machine and versions", [facts(boxes)])]
+        versions = {"longscan": values["longscan"]}
+    words = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return [folded("Machine and versions", [facts(boxes), paragraph(words)])]
 
 
 def _plain(value: Any) -> str:

@@ -44,6 +44,8 @@ def _section(results: list[Result], scale: str, published: Published | None) -> 
         lines += ["", f"Published: {published.source}.{' ' + published.note if published.note else ''}"]
     lines += ["", _row(["system", *(f"{key:,}" for key in keys)]), _row(["---", *["---:"] * len(keys)])]
     lines += [_row([result_name(result), *(figure_cell(result, key, published) for key in keys)]) for result in results]
+    if any(result.best for result in results):
+        lines += [_row(["*the best possible*", *(best_cell(results, key) for key in keys)])]
     lines += ["", _row(COST_HEAD)]
     lines += [_row(["---", *["---:"] * 5, "---"])]
     lines += [_row(cost_cells(result)) for result in results]
@@ -67,6 +69,12 @@ def figure_cell(result: Result, key: int, published: Published | None) -> str:
     theirs = published.of(result.system, key) if published is not None else None
     shown = "-" if ours is None else result.metric.number(ours)
     return shown if theirs is None else f"{shown} ({theirs:g})"
+
+
+def best_cell(results: Iterable[Result], key: int) -> str:
+    """The best possible figure, of the first of an experiment's results that knows it."""
+    known = (result.metric.number(result.best[str(key)]) for result in results if str(key) in result.best)
+    return next(known, "-")
 
 
 #: Of the columns of :func:`cost_cells`.

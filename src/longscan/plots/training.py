@@ -86,7 +86,7 @@ def draw_speed(speeds: Sequence[tuple[int, float]]) -> Any:
     figure = Figure(figsize=(8, 2.4), layout="constrained")
     panel = figure.subplots()
     panel.plot(*zip(*((tokens / 1e6, speed) for tokens, speed in speeds), strict=True), linewidth=0.8)
-    panel.set_ylim(bottom=0)
+    panel.set_ylim(0, 1.1 * max(speed for _, speed in speeds))
     panel.set_xlabel("tokens seen (millions)")
     panel.set_ylabel("tokens/s")
     panel.grid(alpha=0.3)

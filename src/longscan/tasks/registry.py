@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from longscan.tasks.arena_standins import RetrievalStandin, ReviewsStandin, ShapesStandin
 from longscan.tasks.associative_recall import AssociativeRecall, MultiQueryAssociativeRecall
+from longscan.tasks.audio import Audio, NotesStandin
 from longscan.tasks.byte_text import ByteText, Retrieval
 from longscan.tasks.copying import Copying
 from longscan.tasks.delay import Delay
 from longscan.tasks.digits import DigitsStandin, PermutedDigits, PermutedDigitsStandin, SequentialDigits
+from longscan.tasks.dna import DNA, DNASpecies
+from longscan.tasks.dna_standin import DNASpeciesStandin, DNAStandin
 from longscan.tasks.grey_images import GreyImages
 from longscan.tasks.induction_heads import InductionHeads
 from longscan.tasks.language import Language
@@ -35,6 +38,12 @@ TASKS = SYNTHETIC | _by_name(
     Delay,
     CharacterTrajectories,
     TrajectoriesStandin,
+    DNA,
+    DNASpecies,
+    DNAStandin,
+    DNASpeciesStandin,
+    Audio,
+    NotesStandin,
     ListOps,
     Pathfinder,
     PathX,
