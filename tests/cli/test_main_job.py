@@ -64,11 +64,13 @@ def test_train_generate_evaluate(place: Path) -> None:
     for words in ("gzip -9", "xz -9", "this model", "a sample", "longscan generate runs/first"):
         assert words in out
     run = place / "runs" / "first"
-    for name in ("config.json", "model.safetensors", "metrics.jsonl", "curves.png", "held_out.json"):
+    for name in ("config.json", "model.safetensors", "metrics.jsonl", "curves.png", "held_out.json", "sample.txt"):
         assert (run / name).is_file(), name
     assert list((run / "events").iterdir())
     assert list((run / "checkpoints").iterdir())
     assert LanguageModel.from_pretrained(run).config.d_model == 16
+    assert {"machine", "versions", "commit"} <= json.loads((run / "config.json").read_text()).keys()
+    assert (run / "sample.txt").read_text() in out
 
     code, first, error = call(place, "generate", "runs/first", "--prompt", "12 sq", "--max-tokens", "30", "--seed", "1")
     assert code == 0, error

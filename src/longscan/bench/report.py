@@ -47,7 +47,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """One run of one benchmark. With `higher_is_better` the values are rates, else times."""
+    """One run of one benchmark. With `higher_is_better` the values are rates, else times; `note` is about them all."""
 
     bench: str
     unit: str
@@ -57,6 +57,7 @@ class Report:
     machine: dict[str, Any] = field(default_factory=diagnostics.describe_machine)
     versions: dict[str, str] = field(default_factory=diagnostics.versions)
     commit: str | None = field(default_factory=diagnostics.commit)
+    note: str = ""
     command: str = field(default_factory=lambda: _command())
     date: str = field(
         default_factory=lambda: datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

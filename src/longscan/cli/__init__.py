@@ -16,6 +16,7 @@ COMMANDS = {
     "compare": "train several mixers alike and say what each is good for:  longscan compare --mixers mamba,s4d",
     "reproduce": "a published result, here:  longscan reproduce induction-heads,  longscan reproduce --list",
     "bench": "measure speed here, beside the peers that are installed:  longscan bench scan",
+    "report": "one HTML page of runs and results:  longscan report runs/NAME",
     "plot": "draw what memories are made of:  longscan plot statespace",
     "doctor": "say which backend serves what on this machine, and test each",
 }

@@ -125,7 +125,7 @@ def run(options: Options, console: Console | None = None) -> int:
     finally:
         torch.set_num_threads(before)
     for group in report.groups():
-        console.print(_table(report, group))
+        console.print(bench_table(report, group))
     path = report.save(options.output or Path("runs") / "bench" / f"{options.what}-{device}.json")
     figure = plot_bench(path, path.with_suffix(".png"))
     console.print(f"written: {path} and {figure}")
@@ -141,7 +141,8 @@ def _shape(text: str) -> tuple[int, ...]:
         ) from None
 
 
-def _table(report: Report, group: str) -> Table:
+def bench_table(report: Report, group: str) -> Table:
+    """The rows of one group, with what is known of each."""
     notes = [f"{row.contender}: {row.note}" for row in report.of(group) if row.note]
     title = f"{report.bench} {group}, in {report.unit}"
     table = Table(

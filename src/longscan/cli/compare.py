@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -122,7 +123,7 @@ def run(options: Options, console: Console | None = None) -> int:
             result = run_comparison(settings, mixers, path, progress)
     finally:
         torch.set_num_threads(before)
-    console.print(_table(result))
+    console.print(comparison_table(result))
     figure = plot_comparison(path, path.with_suffix(".png"))
     console.print(f"written: {path} and {figure}")
     return 1 if any(row["note"] for row in result["rows"]) else 0
@@ -132,7 +133,8 @@ def run(options: Options, console: Console | None = None) -> int:
 _COLUMNS = ("", "parameters", "off", "width", "tokens/s", "step ms", "state B", "MB")
 
 
-def _table(result: dict[str, Any]) -> Table:
+def comparison_table(result: Mapping[str, Any]) -> Table:
+    """The rows of a comparison, the best first."""
     data, good = result["data"], [row for row in result["rows"] if not row["note"]]
     counts = sorted({row["steps"] for row in good})
     steps = " to ".join(map(str, dict.fromkeys(counts[:1] + counts[-1:])))

@@ -110,19 +110,22 @@ def stream_sample(
     max_tokens: int,
     stop: tuple[str, ...] = (),
     **sampling: Any,
-) -> None:
-    """Write a prompt and its continuation to ``out`` token by token; a document's end ends it."""
+) -> str:
+    """Write a prompt and its continuation to ``out`` token by token; a document's end ends it. Gives all of it."""
     tokens = [tokenizer.border, *tokenizer.encode(prompt.encode()).tolist()]
     options = {"temperature": 0.8, "top_p": 0.95, **sampling}
+    written = [prompt]
     out.write(prompt)
     stream = model.stream(
         tokens, max_tokens, stop=stop, stop_tokens=[tokenizer.border], decode=tokenizer.decode, **options
     )
     for item in stream:
+        written.append(item.text)
         out.write(item.text)
         out.flush()
     out.write("\n")
     out.flush()
+    return "".join(written)
 
 
 def run(options: Options) -> int:

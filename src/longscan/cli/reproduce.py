@@ -35,7 +35,7 @@ from longscan.experiments import (
     results_page,
     scales_of,
 )
-from longscan.experiments.report import best_cell, duration, figure_cell, metric_words
+from longscan.experiments.report import best_cell, duration, figure_cell, metric_words, result_name
 from longscan.models import LanguageModel, Sashimi
 from longscan.nn.storage import write_text
 from longscan.plots.experiments import plot_experiment
@@ -124,7 +124,8 @@ def run(options: Options, console: Console | None = None) -> int:
                 path = continue_waveform(done.model, settings.task, done.path.with_name("sample.wav"), options.seed)
                 console.print(f"written: {path}")
     results = read_results(options.results, settings.name)
-    console.print(_table(settings, results, beside(published, settings.published, settings.scale)))
+    own = [result for result in results if result.scale == settings.scale]
+    console.print(experiment_table(own, beside(published, settings.published, settings.scale)))
     for path in plot_experiment(results, published, options.results):
         console.print(f"written: {path}")
     return 0
@@ -234,24 +235,25 @@ def _list(options: Options) -> Table:
     return table
 
 
-def _table(settings: Settings, results: list[Result], published: Published | None) -> Table:
+def experiment_table(results: Sequence[Result], published: Published | None) -> Table:
+    """Figures of an experiment's results at one scale, the published ones in brackets."""
+    first = results[0]
     source = "" if published is None else f"in brackets: {published.source}"
     table = Table(
-        title=escape(f"{settings.title}, scale: {settings.scale}. {metric_words(settings.task.metric)}"),
+        title=escape(f"{first.title}, scale: {first.scale}. {metric_words(first.metric)}"),
         title_justify="left",
         caption=escape(source),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
-    own = [result for result in results if result.scale == settings.scale]
-    keys = sorted({int(key) for result in own for key in result.figures})
-    head = [settings.task.axis, *(escape(result.label) for result in own)]
-    rows = [[f"{key:,}", *(figure_cell(result, key, published) for result in own)] for key in keys]
-    if any(result.best for result in own):
+    keys = sorted({int(key) for result in results for key in result.figures})
+    head = [first.axis, *(escape(result_name(result)) for result in results)]
+    rows = [[f"{key:,}", *(figure_cell(result, key, published) for result in results)] for key in keys]
+    if any(result.best for result in results):
         head.append("the best possible")
-        rows = [[*row, best_cell(own, key)] for row, key in zip(rows, keys, strict=True)]
-    if len(own) > _ABREAST:
+        rows = [[*row, best_cell(results, key)] for row, key in zip(rows, keys, strict=True)]
+    if len(results) > _ABREAST:
         head, *rows = (list(row) for row in zip(head, *rows, strict=True))
     for column in head:
         table.add_column(column, justify="right")

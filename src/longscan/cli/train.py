@@ -314,7 +314,7 @@ class Job:
         return self._ranks.broadcast(seconds * len(tokens) / few, self._device)
 
     def _description(self, shape: Any, training: TrainConfig) -> dict[str, Any]:
-        from longscan import __version__
+        from longscan import __version__, diagnostics
         from longscan.training.distributed import launch_id
 
         text = dataclasses.asdict(self._options.text)
@@ -330,6 +330,9 @@ class Job:
             "corpus": self.corpus.describe(),
             "device": self._device.type,
             "launch": launch_id(),
+            "machine": diagnostics.describe_machine(),
+            "versions": diagnostics.versions(),
+            "commit": diagnostics.commit(),
         }
 
     def _same_corpus(self, saved: dict[str, Any]) -> None:
@@ -389,6 +392,7 @@ class Job:
         from longscan.plots.training import training_curve
         from longscan.training.checkpoint import save_weights
         from longscan.training.metrics import METRICS_FILE, read_metrics
+        from longscan.training.runs import HELD_OUT_FILE, SAMPLE_FILE
 
         save_weights(model, self.folder / "model.safetensors")
         try:
@@ -402,7 +406,7 @@ class Job:
                 report = measure(model, self.corpus, precision=self.training.precision, progress=tell)
         except _Stopped:
             return False
-        write_text(self.folder / "held_out.json", json.dumps(report, indent=2) + "\n")
+        write_text(self.folder / HELD_OUT_FILE, json.dumps(report, indent=2) + "\n")
         self._display.held_out(report)
         rows = read_metrics(self.folder / METRICS_FILE)
         compressors = report["compressors_bits_per_byte"]
@@ -413,6 +417,8 @@ class Job:
         if self._options.sample:
             prompt = "def " if self._options.text.data == "stdlib" else ""
             self._display.line(f"a sample{f' after {prompt!r}' if prompt else ''}:")
-            stream_sample(model, self.tokenizer, prompt, sys.stdout, max_tokens=self._options.sample, seed=0)
+            length = self._options.sample
+            text = stream_sample(model, self.tokenizer, prompt, sys.stdout, max_tokens=length, seed=0)
+            write_text(self.folder / SAMPLE_FILE, text)
         self._display.line(f"more: [bold]longscan generate {self.folder} --prompt {'def '!r}[/]")
         return True

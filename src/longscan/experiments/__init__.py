@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from longscan.experiments.published import Published, beside, read_published
 from longscan.experiments.report import results_page
-from longscan.experiments.results import Result, read_results
+from longscan.experiments.results import Result, read_result, read_results
 from longscan.experiments.running import Run
 from longscan.experiments.settings import SCALES, Settings, System, read_settings, scales_of
 
@@ -17,6 +17,7 @@ __all__ = [
     "System",
     "beside",
     "read_published",
+    "read_result",
     "read_results",
     "read_settings",
     "results_page",

@@ -43,16 +43,17 @@ def _section(results: list[Result], scale: str, published: Published | None) -> 
     if published is not None:
         lines += ["", f"Published: {published.source}.{' ' + published.note if published.note else ''}"]
     lines += ["", _row(["system", *(f"{key:,}" for key in keys)]), _row(["---", *["---:"] * len(keys)])]
-    lines += [_row([_name(result), *(figure_cell(result, key, published) for key in keys)]) for result in results]
+    lines += [_row([result_name(result), *(figure_cell(result, key, published) for key in keys)]) for result in results]
     if any(result.best for result in results):
         lines += [_row(["*the best possible*", *(best_cell(results, key) for key in keys)])]
-    lines += ["", _row(["system", "parameters", "steps", "ms a step", "training", "test", "on"])]
+    lines += ["", _row(COST_HEAD)]
     lines += [_row(["---", *["---:"] * 5, "---"])]
-    lines += [_row(_cost(result)) for result in results]
+    lines += [_row(cost_cells(result)) for result in results]
     return "\n".join([*lines, ""])
 
 
-def _name(result: Result) -> str:
+def result_name(result: Result) -> str:
+    """Of a table's row."""
     return result.label if result.seed == 0 else f"{result.label} (seed {result.seed})"
 
 
@@ -76,9 +77,14 @@ def best_cell(results: Iterable[Result], key: int) -> str:
     return next(known, "-")
 
 
-def _cost(result: Result) -> list[str]:
+#: Of the columns of :func:`cost_cells`.
+COST_HEAD = ("system", "parameters", "steps", "ms a step", "training", "test", "on")
+
+
+def cost_cells(result: Result) -> list[str]:
+    """What a result took, and where."""
     return [
-        _name(result),
+        result_name(result),
         f"{result.parameters:,}",
         f"{result.steps:,}",
         f"{1000 * result.train_seconds / result.steps:.2f}",

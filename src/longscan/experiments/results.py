@@ -79,16 +79,22 @@ def read_results(folder: Path, experiment: str | None = None) -> list[Result]:
     Raises:
         StorageError: a file is unreadable or no result.
     """
+    return [read_result(path) for path in sorted(folder.glob(f"{experiment or '*'}/*-seed*.json"))]
+
+
+def read_result(path: Path) -> Result:
+    """The result in one file.
+
+    Raises:
+        StorageError: it is unreadable or no result.
+    """
     names = {field.name for field in dataclasses.fields(Result)}
-    found = []
-    for path in sorted(folder.glob(f"{experiment or '*'}/*-seed*.json")):
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            if "accuracy" in values:  # from before there were other metrics
-                values["figures"] = values.pop("accuracy")
-            if "metric" in values:
-                values["metric"] = Metric(**values["metric"])
-            found.append(Result(**{key: value for key, value in values.items() if key in names}))
-        except (AttributeError, OSError, TypeError, ValueError) as error:
-            raise StorageError(f"{path} is no result of `longscan reproduce`: {error}") from error
-    return found
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if "accuracy" in values:  # from before there were other metrics
+            values["figures"] = values.pop("accuracy")
+        if "metric" in values:
+            values["metric"] = Metric(**values["metric"])
+        return Result(**{key: value for key, value in values.items() if key in names})
+    except (AttributeError, OSError, TypeError, ValueError) as error:
+        raise StorageError(f"{path} is no result of `longscan reproduce`: {error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,27 @@ _COLOURS = {"ours": "#1f6fb4", "peer": "#9aa5b1", "other": "#7d5ba6", "floor": "
 def plot_bench(report: str | os.PathLike[str], figure: str | os.PathLike[str]) -> Path:
     """Draws the report of `longscan bench` (JSON) as a PNG file.
 
-    Bars are medians on a logarithmic axis, their whiskers the 20th and 80th percentile; contenders without a figure are
-    left out. Where the rows stand in series (lengths, throughput, memory), see :func:`longscan.plots.lines.draw_lines`.
-
     Raises:
         StorageError: the figure could not be written.
     """
+    canvas = draw_bench(json.loads(Path(report).read_text(encoding="utf-8")))
+    return write_atomically(figure, lambda temporary: canvas.savefig(temporary, format="png", dpi=150))
+
+
+def draw_bench(values: Mapping[str, Any]) -> Any:
+    """The figure of a report (as JSON).
+
+    Bars are medians on a logarithmic axis, their whiskers the 20th and 80th percentile; contenders without a figure are
+    left out. Where the rows stand in series (lengths, throughput, memory), see :func:`longscan.plots.lines.draw_lines`.
+
+    Returns:
+        A matplotlib Figure.
+    """
     from matplotlib.figure import Figure
 
-    values: dict[str, Any] = json.loads(Path(report).read_text(encoding="utf-8"))
     rows = [row for row in values["rows"] if row["value"] is not None]
     if any(row.get("place") is not None for row in rows):
-        canvas = draw_lines(values)
-        return write_atomically(figure, lambda temporary: canvas.savefig(temporary, format="png", dpi=150))
+        return draw_lines(values)
     groups = list(dict.fromkeys(row["group"] for row in rows))
     heights = [1 + sum(row["group"] == group for row in rows) for group in groups] or [1]
     canvas = Figure(figsize=(8, 0.36 * sum(heights) + 1), layout="constrained")
@@ -38,7 +47,7 @@ def plot_bench(report: str | os.PathLike[str], figure: str | os.PathLike[str]) -
     better = "right" if values["higher_is_better"] else "left"
     panels[-1].set_xlabel(f"{values['unit']} (further {better} is better)")
     canvas.suptitle(f"longscan bench {values['bench']}: {place_of(values)}", fontsize=10)
-    return write_atomically(figure, lambda temporary: canvas.savefig(temporary, format="png", dpi=150))
+    return canvas
 
 
 def _panel(panel: Any, title: str, rows: list[dict[str, Any]], higher_is_better: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,19 @@ def plot_comparison(result: str | os.PathLike[str], figure: str | os.PathLike[st
     Raises:
         StorageError: the figure could not be written.
     """
+    canvas = draw_comparison(json.loads(Path(result).read_text(encoding="utf-8")))
+    return write_atomically(figure, lambda temporary: canvas.savefig(temporary, format="png", dpi=150))
+
+
+def draw_comparison(values: Mapping[str, Any]) -> Any:
+    """The figure of a comparison (as JSON).
+
+    Returns:
+        A matplotlib Figure.
+    """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    values: dict[str, Any] = json.loads(Path(result).read_text(encoding="utf-8"))
     rows = [row for row in values["rows"] if not row["note"]]
     # Ten clear colours, or twice as many in pairs of a dark and a light one.
     count = 10 if len(values["rows"]) <= 10 else 20
@@ -54,4 +64,4 @@ def plot_comparison(result: str | os.PathLike[str], figure: str | os.PathLike[st
     panels[0].set_ylabel(f"{data['metric']} ({better} is better)")
     size = f"{rows[0]['parameters']:,} parameters" if rows else "nothing trained"
     canvas.suptitle(f"longscan compare --task {values['compare']}: about {size}; {place_of(values)}", fontsize=10)
-    return write_atomically(figure, lambda temporary: canvas.savefig(temporary, format="png", dpi=150))
+    return canvas

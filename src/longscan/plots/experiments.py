@@ -30,16 +30,23 @@ def plot_experiment(results: Sequence[Result], published: Mapping[str, Published
     paths = []
     for scale in dict.fromkeys(result.scale for result in results):
         own = [result for result in results if result.scale == scale]
-        table = beside(published, own[0].published, scale)
-        if own[0].size:
-            figure = draw_scaling(own)
-        elif len(own) > len(COLOURS) and len({key for result in own for key in result.figures}) == 1:
-            figure = draw_variants(own, table)
-        else:
-            figure = _figure(own, table)
+        figure = draw_experiment(own, beside(published, own[0].published, scale))
         path = folder / own[0].experiment / f"{scale}.png"
         paths.append(write_atomically(path, functools.partial(figure.savefig, format="png", dpi=130)))
     return paths
+
+
+def draw_experiment(results: Sequence[Result], published: Published | None) -> Any:
+    """The figure of an experiment's results at one scale, with the published figures dashed.
+
+    Returns:
+        A matplotlib Figure.
+    """
+    if results[0].size:
+        return draw_scaling(results)
+    if len(results) > len(COLOURS) and len({key for result in results for key in result.figures}) == 1:
+        return draw_variants(results, published)
+    return _figure(results, published)
 
 
 def _figure(results: Sequence[Result], published: Published | None) -> Any:

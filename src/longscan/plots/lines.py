@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 _AXES = {"lengths": "sequence length", "mixers": "sequence length", "throughput": "batch", "memory": "batch"}
@@ -11,7 +12,7 @@ _COLOURS = ("#d9822b", "#7d5ba6", "#3a9a5b", "#c2405a", "#6b7683", "#b59a2b", "#
 _STYLES = ("o-", "s--", "^:")
 
 
-def draw_lines(values: dict[str, Any]) -> Any:
+def draw_lines(values: Mapping[str, Any]) -> Any:
     """A panel for each series of a report (as JSON), a line for each contender, both axes logarithmic.
 
     At the last place that one of ours shares with a contender, the figure says how many times ours is better there.
@@ -75,7 +76,7 @@ def _panel(
         panel.legend(fontsize=7, frameon=False, ncols=1 if len(points) <= len(_COLOURS) else 2)
 
 
-def place_of(values: dict[str, Any]) -> str:
+def place_of(values: Mapping[str, Any]) -> str:
     """The machine of a report (as JSON): its GPU if that was measured, else its processor."""
     machine = values["machine"]
     gpus = machine["gpus"][:1] if values.get("settings", {}).get("device") != "cpu" else []

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from longscan.nn.storage import write_atomically
+from longscan.plots.palette import COLOURS
 
 
 def training_curve(
@@ -17,13 +18,27 @@ def training_curve(
     compressors: Mapping[str, float],
     held_out: float | None,
 ) -> None:
-    """Draw loss over text seen: training, held-out estimates, compressors as lines, and the learning rate below.
+    """Draw :func:`draw_training` to ``path``, a PNG file.
+
+    Raises:
+        StorageError: the figure could not be written.
+    """
+    figure = draw_training(rows, title=title, compressors=compressors, held_out=held_out)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+
+
+def draw_training(
+    rows: Sequence[Mapping[str, Any]], *, title: str, compressors: Mapping[str, float], held_out: float | None
+) -> Any:
+    """Loss over text seen: training, held-out estimates, compressors as lines, and the learning rate below.
 
     Args:
         rows: of ``metrics.jsonl``.
-        path: a PNG file.
         compressors: bits per byte by name.
         held_out: bits per byte of the finished model on the whole held-out part.
+
+    Returns:
+        A matplotlib Figure.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -57,7 +72,51 @@ def training_curve(
     rate.set_xlabel("tokens seen (millions)")
     rate.set_ylabel("learning rate")
     rate.grid(alpha=0.3)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+    return figure
+
+
+def draw_speed(speeds: Sequence[tuple[int, float]]) -> Any:
+    """How fast a run was: pairs of tokens seen and tokens a second.
+
+    Returns:
+        A matplotlib Figure.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 2.4), layout="constrained")
+    panel = figure.subplots()
+    panel.plot(*zip(*((tokens / 1e6, speed) for tokens, speed in speeds), strict=True), linewidth=0.8)
+    panel.set_ylim(0, 1.1 * max(speed for _, speed in speeds))
+    panel.set_xlabel("tokens seen (millions)")
+    panel.set_ylabel("tokens/s")
+    panel.grid(alpha=0.3)
+    return figure
+
+
+def draw_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
+    """Bits per byte of several runs over the text seen, by name: training, smoothed, and held-out estimates as dots.
+
+    Returns:
+        A matplotlib Figure.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    panel = figure.subplots()
+    for index, (name, rows) in enumerate(runs.items()):
+        colour = COLOURS[index % len(COLOURS)]
+        for key, look in (("bits_per_byte", "-"), ("held_out_bits_per_byte", "o")):
+            points = [(row["tokens"] / 1e6, row[key]) for row in rows if key in row]
+            if points:
+                tokens, values = zip(*points, strict=True)
+                training = look == "-"
+                shown = _smooth(values) if training else values
+                panel.plot(tokens, shown, look, color=colour, markersize=4, label=name if training else None)
+    panel.set_xlabel("tokens seen (millions)")
+    panel.set_ylabel("bits per byte")
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8, frameon=False)
+    return figure
 
 
 def _smooth(values: Sequence[float], keep: float = 0.95) -> list[float]:

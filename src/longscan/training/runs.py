@@ -15,6 +15,10 @@ from longscan.errors import ConfigError, StorageError
 from longscan.models.pretrained import CONFIG_FILE
 from longscan.nn.storage import write_text
 
+#: What a finished run measured on the held-out part, and what its model wrote.
+HELD_OUT_FILE = "held_out.json"
+SAMPLE_FILE = "sample.txt"
+
 _FORMAT = 1
 
 
