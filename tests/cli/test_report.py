@@ -155,7 +155,8 @@ def test_runs_beside_one_another_and_one_just_begun(tmp_path: Path) -> None:
 
 def test_results_of_every_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     experiment = tmp_path / "heads" / "induction_heads"
-    shutil.copytree(RESULTS / "induction_heads", experiment, ignore=shutil.ignore_patterns("*.png"))
+    experiment.mkdir(parents=True)
+    shutil.copy(RESULTS / "induction_heads" / "mamba-paper-seed0.json", experiment)
     values = json.loads((experiment / "mamba-paper-seed0.json").read_text())
     (experiment / "mamba-paper-seed1.json").write_text(
         json.dumps({**values, "seed": 1, "label": EVIL, "experiment": "../../induction_heads", "title": EVIL})
@@ -167,8 +168,8 @@ def test_results_of_every_command(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(arguments) == 0
     assert "other.json" in capsys.readouterr().out.partition("left out, being no results:")[2]
     shown = read(page)
-    assert len(shown.images) == 5
-    assert len(shown.headings) == 6
+    assert len(shown.images) == 4
+    assert len(shown.headings) == 5
     # Ours, and the paper's in brackets.
     assert "100.0 (100)" in shown.text
     assert "Gu and Dao 2023" in shown.text
