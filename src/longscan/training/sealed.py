@@ -132,6 +132,6 @@ def read_about(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path} has format {about['format']}, this version reads {allowed}")
         if any(Path(name).name != name for name in about["sha256"]):
             raise ValueError("it names a file that is not in its folder")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path / _ABOUT} is damaged or missing: {error}") from error
     return about
