@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -15,7 +16,8 @@ from longscan.cli.config import read_toml
 from longscan.cli.reproduce import Options, run
 from longscan.errors import CheckpointError, ConfigError, StorageError
 from longscan.experiments import Result, Run, read_results, read_settings
-from longscan.experiments.report import duration
+from longscan.experiments.report import duration, results_page
+from longscan.tasks.dna_standin import DNASpeciesStandin
 from longscan.tasks.task import ACCURACY, BITS_PER_BYTE, NRMSE
 from tests.tasks.test_digits import write_digits
 
@@ -252,3 +254,16 @@ def test_data_are_where_one_says(options: Options, tmp_path: Path, capsys: pytes
     assert (tmp_path / "samples" / "small_heads.png").stat().st_size > 5000
     assert main(["plot", "task", "small-hats", "--experiments", str(options.experiments)]) == 2
     assert "allowed are an experiment" in capsys.readouterr().err
+
+
+def test_the_best_possible_stands_beside(options: Options, tmp_path: Path) -> None:
+    text = EXPERIMENT.replace("induction_heads", "dna_species_standin").replace("vocab = 6", "sequences = 20")
+    (options.experiments / "small_heads.toml").write_text(text)
+    console = Console(file=io.StringIO(), width=120)
+    assert run(dataclasses.replace(options, only="mamba", scale="paper"), console) == 0
+    (result,) = read_results(options.results)
+    task = DNASpeciesStandin(16, sequences=20)
+    assert result.best == {"16": task.best(16, 8, 0), "32": task.best(32, 8, 0)}
+    assert "the best possible" in console.file.getvalue()  # type: ignore[attr-defined]
+    row = f"| *the best possible* | {percent(result.best['16'])} | {percent(result.best['32'])} |"
+    assert row in results_page([result], {})

@@ -10,7 +10,7 @@ import pytest
 
 from longscan.cli.config import read_toml
 from longscan.errors import ConfigError
-from longscan.experiments import SCALES, System, read_published, read_settings
+from longscan.experiments import SCALES, System, read_published, read_settings, scales_of
 from longscan.models import LanguageModelConfig
 from longscan.models.matching import parameters
 from longscan.tasks.task import Recipe
@@ -35,15 +35,25 @@ def test_there_are_experiments() -> None:
     assert {"induction_heads", "selective_copying", "associative_recall", "mqar"} <= set(NAMES)
 
 
-@pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("name", NAMES)
+def test_the_short_scale_is_some_experiments_own() -> None:
+    assert scales_of(SMALL) == ["paper", "here"]
+    short = {**SMALL, "short": {"recipe": {"steps": 7}}}
+    assert scales_of(short) == ["paper", "short", "here"]
+    assert read_settings("small", short, "short").systems["mamba"].recipe.steps == 7
+    with pytest.raises(ConfigError, match="small has no scale 'short', it has paper, here"):
+        read_settings("small", SMALL, "short")
+
+
+@pytest.mark.parametrize(
+    ("name", "scale"), [(name, scale) for name in NAMES for scale in scales_of(read_toml(FOLDER / f"{name}.toml"))]
+)
 def test_every_experiment_can_be_read_and_its_models_built(name: str, scale: str) -> None:
     settings = read_settings(name, read_toml(FOLDER / f"{name}.toml"), scale)
     published = read_published(read_toml(FOLDER / "published.toml"), "published.toml")
     if settings.published:
         table = published[settings.published]
         assert set(settings.systems) & set(table.figures)
-        assert settings.scale != "paper" or {n for row in table.figures.values() for n in row} <= set(settings.lengths)
+        assert settings.scale == "here" or {n for row in table.figures.values() for n in row} <= set(settings.lengths)
     smallest: dict[str, System] = {}
     for system in settings.systems.values():
         smallest.setdefault(system.family, system)

@@ -123,3 +123,32 @@ def test_what_goes_wrong_is_said() -> None:
         model(torch.zeros(2, 5, dtype=torch.int64), torch.tensor([5]))
     with pytest.raises(ArgumentError, match=r"\(batch, length, 2\)"):
         make(d_input=2)(torch.randn(2, 5, 3))
+
+
+@pytest.mark.parametrize("direction", ["forward", "concat"])
+def test_each_of_a_pair_is_read_by_itself(direction: str) -> None:
+    model = make(vocab_size=11, pair=True, direction=direction).double().eval()
+    single = make(vocab_size=11, direction=direction, n_outputs=3).double().eval()
+    single.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("decoder")}, strict=False)
+    single.decoder = torch.nn.Identity()
+    tokens, lengths = torch.randint(11, (3, 2, 7)), torch.tensor([[7, 3], [2, 7], [5, 5]])
+    a, b = (single(tokens[:, place], lengths[:, place]) for place in (0, 1))
+    expected = model.decoder(torch.cat((a, b, a * b, a - b), dim=-1))
+    scores = model(tokens.flatten(1), lengths)
+    assert scores.shape == (3, 3)
+    torch.testing.assert_close(scores, expected, rtol=1e-9, atol=1e-9)
+    full = torch.full((3, 2), 7)
+    torch.testing.assert_close(model(tokens.flatten(1)), model(tokens.flatten(1), full), rtol=1e-9, atol=1e-9)
+    other = tokens.clone()
+    other[0, 1, 3:] = 0
+    torch.testing.assert_close(model(other.flatten(1), lengths), scores, rtol=1e-9, atol=1e-9)
+
+
+def test_what_is_no_pair() -> None:
+    model = make(vocab_size=11, pair=True)
+    with pytest.raises(ArgumentError, match="pairs of sequences"):
+        model(torch.zeros(2, 7, dtype=torch.int64))
+    with pytest.raises(ArgumentError, match=r"lengths must be \(2, 2\)"):
+        model(torch.zeros(2, 6, dtype=torch.int64), torch.tensor([3, 3]))
+    with pytest.raises(ConfigError, match="pooling 'none'"):
+        make(vocab_size=11, pair=True, pooling="none")

@@ -28,7 +28,7 @@ class Options:
     name: Annotated[str, tyro.conf.Positional] = ""
     """The task, or an experiment, whose task is drawn."""
 
-    scale: Literal["paper", "here"] = "here"
+    scale: Literal["paper", "short", "here"] = "here"
     """Of an experiment."""
 
     length: int | None = None

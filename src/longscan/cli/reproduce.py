@@ -21,8 +21,8 @@ from rich.table import Table
 from longscan.cli.config import read_toml
 from longscan.cli.train import Stop
 from longscan.errors import ConfigError
+from longscan.evaluation.waveforms import continue_waveform
 from longscan.experiments import (
-    SCALES,
     Published,
     Result,
     Run,
@@ -33,12 +33,14 @@ from longscan.experiments import (
     read_results,
     read_settings,
     results_page,
+    scales_of,
 )
-from longscan.experiments.report import duration, figure_cell, metric_words
-from longscan.models import LanguageModel
+from longscan.experiments.report import best_cell, duration, figure_cell, metric_words
+from longscan.models import LanguageModel, Sashimi
 from longscan.nn.storage import write_text
 from longscan.plots.experiments import plot_experiment
 from longscan.plots.selection import plot_selection
+from longscan.tasks.audio import Waveforms
 from longscan.training.tasks import Point
 
 _PUBLISHED = "published.toml"
@@ -62,8 +64,9 @@ class Options:
     """Show the experiments, what they cost and what has been measured."""
     report: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Only write docs/results.md and the figures from the result files."""
-    scale: Literal["auto", "paper", "here"] = "auto"
-    """The published setting, or one for two CPU cores; auto: the published one on a GPU."""
+    scale: Literal["auto", "paper", "short", "here"] = "auto"
+    """The published setting; its task, trained for minutes on a GPU (some have that); or one for two CPU cores. auto:
+    the published one on a GPU."""
     only: str | None = None
     """Systems to run, with commas between; default: all of the experiment."""
     sizes: str | None = None
@@ -117,6 +120,9 @@ def run(options: Options, console: Console | None = None) -> int:
             if selects and isinstance(done.model, LanguageModel):
                 path = options.results / settings.name / f"selection-{settings.scale}.png"
                 console.print(f"written: {plot_selection(done.model, settings.task, path)}")
+            if isinstance(settings.task, Waveforms) and isinstance(done.model, Sashimi):
+                path = continue_waveform(done.model, settings.task, done.path.with_name("sample.wav"), options.seed)
+                console.print(f"written: {path}")
     results = read_results(options.results, settings.name)
     console.print(_table(settings, results, beside(published, settings.published, settings.scale)))
     for path in plot_experiment(results, published, options.results):
@@ -213,11 +219,11 @@ def _list(options: Options) -> Table:
     for name in _names(options.experiments):
         values = read_toml(options.experiments / f"{name}.toml")
         results = read_results(options.results, name)
-        for scale in SCALES:
+        for scale in scales_of(values):
             settings = read_settings(name, values, scale)
             done = {result.system: result.family or result.system for result in results if result.scale == scale}
             names = escape(", ".join(dict.fromkeys(done.values())))
-            first = scale == SCALES[0]
+            first = scale == "paper"
             table.add_row(
                 f"[bold]{name.replace('_', '-')}[/]" if first else escape(settings.title),
                 scale,
@@ -240,9 +246,11 @@ def _table(settings: Settings, results: list[Result], published: Published | Non
     )
     own = [result for result in results if result.scale == settings.scale]
     keys = sorted({int(key) for result in own for key in result.figures})
-    names = [escape(result.label) for result in own]
+    head = [settings.task.axis, *(escape(result.label) for result in own)]
     rows = [[f"{key:,}", *(figure_cell(result, key, published) for result in own)] for key in keys]
-    head = [settings.task.axis, *names]
+    if any(result.best for result in own):
+        head.append("the best possible")
+        rows = [[*row, best_cell(own, key)] for row, key in zip(rows, keys, strict=True)]
     if len(own) > _ABREAST:
         head, *rows = (list(row) for row in zip(head, *rows, strict=True))
     for column in head:

@@ -6,7 +6,7 @@ from longscan.experiments.published import Published, beside, read_published
 from longscan.experiments.report import results_page
 from longscan.experiments.results import Result, read_results
 from longscan.experiments.running import Run
-from longscan.experiments.settings import SCALES, Settings, System, read_settings
+from longscan.experiments.settings import SCALES, Settings, System, read_settings, scales_of
 
 __all__ = [
     "SCALES",
@@ -20,4 +20,5 @@ __all__ = [
     "read_results",
     "read_settings",
     "results_page",
+    "scales_of",
 ]

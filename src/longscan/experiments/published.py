@@ -29,8 +29,8 @@ class Published:
 
 
 def beside(published: Mapping[str, Published], name: str, scale: str) -> Published | None:
-    """The table that results of a scale may be held against: at another scale it is another experiment."""
-    return published.get(name) if scale == "paper" else None
+    """The table that results of a scale may be held against: scaled down for a CPU it is another experiment."""
+    return None if scale == "here" else published.get(name)
 
 
 def read_published(values: Mapping[str, Any], where: str) -> dict[str, Published]:

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Mapping
 
 from longscan.experiments.published import Published, beside
 from longscan.experiments.results import Result
+from longscan.experiments.settings import ALL_SCALES
 from longscan.tasks.task import Metric
 
 _HEAD = """# Results
 
 Written by `longscan reproduce --report` from the files in `results/`; do not edit. Our figures come first, published
-ones in brackets behind them. *paper* is the published setting, *here* the one scaled down for two CPU cores. Each
-section names the command that makes it.
+ones in brackets behind them. *paper* is the published setting, *short* its task with minutes of training on a GPU,
+*here* one scaled down for two CPU cores. Each section names the command that makes it.
 """
 
 
@@ -22,7 +23,8 @@ def results_page(results: Iterable[Result], published: Mapping[str, Published]) 
     for result in results:
         groups.setdefault((result.experiment, result.scale), []).append(result)
     parts = [_HEAD]
-    for (_, scale), members in sorted(groups.items(), key=lambda item: (item[0][0], item[0][1] != "paper")):
+    order = {scale: number for number, scale in enumerate(ALL_SCALES)}
+    for (_, scale), members in sorted(groups.items(), key=lambda item: (item[0][0], order[item[0][1]])):
         parts.append(_section(members, scale, beside(published, members[0].published, scale)))
     return "\n".join(parts)
 
@@ -42,6 +44,8 @@ def _section(results: list[Result], scale: str, published: Published | None) -> 
         lines += ["", f"Published: {published.source}.{' ' + published.note if published.note else ''}"]
     lines += ["", _row(["system", *(f"{key:,}" for key in keys)]), _row(["---", *["---:"] * len(keys)])]
     lines += [_row([_name(result), *(figure_cell(result, key, published) for key in keys)]) for result in results]
+    if any(result.best for result in results):
+        lines += [_row(["*the best possible*", *(best_cell(results, key) for key in keys)])]
     lines += ["", _row(["system", "parameters", "steps", "ms a step", "training", "test", "on"])]
     lines += [_row(["---", *["---:"] * 5, "---"])]
     lines += [_row(_cost(result)) for result in results]
@@ -64,6 +68,12 @@ def figure_cell(result: Result, key: int, published: Published | None) -> str:
     theirs = published.of(result.system, key) if published is not None else None
     shown = "-" if ours is None else result.metric.number(ours)
     return shown if theirs is None else f"{shown} ({theirs:g})"
+
+
+def best_cell(results: Iterable[Result], key: int) -> str:
+    """The best possible figure, of the first of an experiment's results that knows it."""
+    known = (result.metric.number(result.best[str(key)]) for result in results if str(key) in result.best)
+    return next(known, "-")
 
 
 def _cost(result: Result) -> list[str]:

@@ -27,6 +27,7 @@ class Result:
         steps: done.
         metric: what the figures are of.
         figures: by length (text, as JSON has it), or by another key of the task; accuracies from 0 to 1.
+        best: by key, figures that no model beats but by luck, where they are known.
         axis: what the keys are.
         sequences: tested with at each.
         curve: of training, rows of step, loss, figure on each batch before it was learnt.
@@ -51,6 +52,7 @@ class Result:
     steps: int
     metric: Metric = ACCURACY
     figures: Mapping[str, float]
+    best: Mapping[str, float] = dataclasses.field(default_factory=dict)
     axis: str = "length"
     sequences: int
     curve: list[list[float]]

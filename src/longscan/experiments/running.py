@@ -156,6 +156,7 @@ class Run:
         machine = diagnostics.describe_machine()
         processor = f"{machine['cpu']}, {machine['threads']} threads"
         settings = self.settings
+        known = {key: settings.task.best(int(key), settings.sequences, self.seed) for key in self.figures}
         return Result(
             experiment=settings.name,
             title=settings.title,
@@ -173,6 +174,7 @@ class Run:
             steps=int(self.curve[-1][0]),
             metric=settings.task.metric,
             figures=self.figures,
+            best={key: best for key, best in known.items() if best is not None},
             axis=settings.task.axis,
             sequences=settings.task.held_out or settings.sequences,
             curve=self.curve,

@@ -13,10 +13,14 @@ from longscan.tasks.task import Recipe, Task
 
 #: As published; and scaled down so that two CPU cores do it in minutes.
 SCALES = ("paper", "here")
+#: The published task, trained for minutes on a GPU; some experiments have that besides.
+SHORT = "short"
+#: The largest first.
+ALL_SCALES = ("paper", SHORT, "here")
 
-_EXPERIMENT = ("title", "task", "published", "systems", *SCALES)
+_EXPERIMENT = ("title", "task", "published", "systems", *ALL_SCALES)
 _SCALE = ("cost", "task", "recipe", "sizes", "lengths", "sequences", "until")
-_SYSTEM = ("label", "mixer", "recipe", "depth", "longest", *SCALES)
+_SYSTEM = ("label", "mixer", "recipe", "depth", "longest", *ALL_SCALES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Settings:
 
     Args:
         name, title: of the experiment.
-        scale: one of :data:`SCALES`.
+        scale: one of :data:`SCALES`, or :data:`SHORT`.
         cost: what it takes, in words.
         task: trained on.
         published: name of the table of published figures.
@@ -73,6 +77,11 @@ class Settings:
         return [length for length in self.lengths if system.longest is None or length <= system.longest]
 
 
+def scales_of(values: Mapping[str, Any]) -> list[str]:
+    """The scales of an experiment, from the content of its file; the largest first."""
+    return [scale for scale in ALL_SCALES if scale in values]
+
+
 def read_settings(
     name: str, values: Mapping[str, Any], scale: str, *, options: Mapping[str, Any] | None = None
 ) -> Settings:
@@ -84,7 +93,7 @@ def read_settings(
 
     Args:
         name, values: of the experiment.
-        scale: one of :data:`SCALES`.
+        scale: one of :func:`scales_of` it.
         options: of the task, instead of those in the file.
 
     Raises:
@@ -97,6 +106,8 @@ def read_settings(
             raise ConfigError(f"{where}: {key!r} is missing")
     if values["task"] not in TASKS:
         raise ConfigError(f"{where}: task {values['task']!r} is not one of {', '.join(TASKS)}")
+    if scale not in values:
+        raise ConfigError(f"{where} has no scale {scale!r}, it has {', '.join(scales_of(values))}")
     at = values[scale]
     _check(at, _SCALE, f"{where}, [{scale}]")
     kind = TASKS[values["task"]]

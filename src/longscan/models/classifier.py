@@ -38,6 +38,8 @@ class ClassifierConfig(MixerChoice, Config):
             output at every place.
         direction: "forward" is causal; "sum" and "concat" run a second stack from the end and put both together.
         norm: "layer", "rms" or "batch" (then the last norm, before pooling, is a layer norm).
+        pair: an input is two sequences of equal length, one after the other. Each is read by itself; of what is pooled
+            from them, a and b, an MLP sees (a, b, a * b, a - b) (the Long Range Arena's retrieval, Tay et al. 2021).
         prenorm: norms stand before mixers (and one before pooling), or after the sums.
         dropout: probability, of whole channels of each branch.
 
@@ -60,6 +62,7 @@ class ClassifierConfig(MixerChoice, Config):
     norm: str = "layer"
     prenorm: bool = True
     dropout: float = 0.0
+    pair: bool = False
 
     def __post_init__(self) -> None:
         self.check_integers(_LEAST)
@@ -71,8 +74,11 @@ class ClassifierConfig(MixerChoice, Config):
         for name, allowed in (("pooling", POOLINGS), ("direction", DIRECTIONS), ("norm", NORMS)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
-        if not isinstance(self.prenorm, bool):
-            raise ConfigError(f"prenorm must be true or false, got {self.prenorm!r}")
+        for name in ("prenorm", "pair"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if self.pair and self.pooling == "none":
+            raise ConfigError("pair: two sequences are compared by what is pooled from them; got pooling 'none'")
         if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout must lie in [0, 1), got {self.dropout!r}")
         self.check_mixers()
@@ -125,15 +131,18 @@ class Classifier(StoredModel):
         )
         width = 2 * d_model if config.direction == "concat" else d_model
         self.norm = make_norm("rms" if config.norm == "rms" else "layer", width, device, dtype)
-        self.decoder = nn.Linear(width, config.n_outputs, device=device, dtype=dtype)
+        self.decoder: nn.Module = nn.Linear(width, config.n_outputs, device=device, dtype=dtype)
+        if config.pair:
+            widen = nn.Linear(4 * width, width, device=device, dtype=dtype)
+            self.decoder = nn.Sequential(widen, nn.GELU(), self.decoder)
 
     def forward(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Score sequences.
 
         Args:
-            inputs: (batch, length) integer tokens, or (batch, length, d_input) vectors.
-            lengths: (batch,) places of each that count, from the first, at least 1; None: all. What stands behind them
-                changes nothing.
+            inputs: (batch, length) integer tokens, or (batch, length, d_input) vectors; for pairs twice as long.
+            lengths: (batch,), for pairs (batch, 2), places of each that count, from the first, at least 1; None: all.
+                What stands behind them changes nothing.
 
         Returns:
             (batch, n_outputs), or (batch, length, n_outputs) without pooling, where places that do not count are 0.
@@ -141,6 +150,8 @@ class Classifier(StoredModel):
         Raises:
             ArgumentError: shapes or dtypes do not fit.
         """
+        if self.config.pair:
+            inputs, lengths = _one_by_one(inputs, lengths)
         self._check(inputs, lengths)
         mask = None
         if lengths is not None:
@@ -153,7 +164,11 @@ class Classifier(StoredModel):
         if self.config.pooling == "none":
             scores = self.decoder(x)
             return scores if mask is None else scores.masked_fill(~mask[..., None], 0)
-        return self.decoder(self._pool(x, lengths, mask))
+        pooled = self._pool(x, lengths, mask)
+        if self.config.pair:
+            a, b = pooled.unflatten(0, (-1, 2)).unbind(1)
+            pooled = torch.cat((a, b, a * b, a - b), dim=-1)
+        return self.decoder(pooled)
 
     def _mix(self, x: Tensor, lengths: Tensor | None, mask: Tensor | None) -> Tensor:
         ahead, _ = self.stacks[0](x, mask=mask)
@@ -194,6 +209,17 @@ class Classifier(StoredModel):
         # On other devices looking at values would wait for them.
         if lengths.device.type == "cpu" and not (int(lengths.min()) >= 1 and int(lengths.max()) <= inputs.shape[1]):
             raise ArgumentError(f"lengths must lie in 1 .. {inputs.shape[1]}, got {lengths.tolist()}")
+
+
+def _one_by_one(inputs: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Pairs (batch, 2 * length, ...) as sequences (2 * batch, length, ...)."""
+    if inputs.dim() < 2 or inputs.shape[1] % 2 or not inputs.shape[1]:
+        raise ArgumentError(f"inputs must be pairs of sequences, (batch, twice the length), got {tuple(inputs.shape)}")
+    if lengths is not None:
+        if lengths.shape != (inputs.shape[0], 2):
+            raise ArgumentError(f"lengths must be ({inputs.shape[0]}, 2), got shape {tuple(lengths.shape)}")
+        lengths = lengths.flatten()
+    return inputs.unflatten(1, (2, -1)).flatten(0, 1), lengths
 
 
 def _reverse(x: Tensor, lengths: Tensor | None) -> Tensor:

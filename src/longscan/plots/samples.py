@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ from longscan.tasks.task import IGNORED, Task
 
 # Tokens are written into their cells while these are wide enough.
 _WRITTEN = 48
+# Of text, so many characters a line, and so many lines.
+_LINE, _LINES = 150, 8
 
 
 def plot_samples(task: Task, path: Path, *, count: int = 6, length: int | None = None, seed: int = 0) -> Path:
     """Draw samples of a task as a PNG file.
 
-    Images stand as images. Tokens are a strip of colours, with what is asked at its place below; values are lines, with
-    what is asked dashed.
+    Images stand as images, what can be read as text. Other tokens are a strip of colours, with what is asked at its
+    place below; values are lines, with what is asked dashed.
 
     Args:
         count: of samples.
@@ -32,7 +35,12 @@ def plot_samples(task: Task, path: Path, *, count: int = 6, length: int | None =
     """
     generator = torch.Generator().manual_seed(seed)
     inputs, targets = task.sample(count, generator, length)
-    draw = _images if task.image_shape else _tokens if task.inputs == "tokens" else _values
+    if task.image_shape:
+        draw = _images
+    elif task.inputs == "values":
+        draw = _values
+    else:
+        draw = _tokens if task.words(inputs[0]) is None else _words
     figure = draw(task, inputs, targets)
     figure.suptitle(f"samples of {task.name}", fontsize=10)
     return write_atomically(path, functools.partial(figure.savefig, format="png", dpi=130))
@@ -59,6 +67,22 @@ def _images(task: Task, inputs: Tensor, targets: Tensor) -> Any:
         panel.imshow(image.reshape(task.image_shape).numpy(), cmap="gray")
         panel.set_title(_title(task, target), fontsize=8)
     return figure
+
+
+def _words(task: Task, inputs: Tensor, targets: Tensor) -> Any:
+    texts = [_wrapped(task.words(row) or "") for row in inputs]
+    figure, panels = _canvas(len(inputs), 1, 0.3 + 0.14 * max(map(len, texts)), 11)
+    for panel, lines, target in zip(panels[:, 0], texts, targets, strict=True):
+        panel.text(0, 1, "\n".join(lines), va="top", family="monospace", fontsize=7, transform=panel.transAxes)
+        panel.set_title(_title(task, target), fontsize=8, loc="left")
+        panel.set_axis_off()
+    return figure
+
+
+def _wrapped(text: str) -> list[str]:
+    # Dollar signs would begin mathematics.
+    lines = [line for part in text.replace("$", r"\$").splitlines() for line in textwrap.wrap(part, _LINE) or [""]]
+    return lines if len(lines) <= _LINES else [*lines[: _LINES - 1], "..."]
 
 
 def _tokens(task: Task, inputs: Tensor, targets: Tensor) -> Any:

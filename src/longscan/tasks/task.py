@@ -29,6 +29,7 @@ class Metric:
         factor: from a figure to what is shown (100 for percent); published figures are as shown.
         digits: shown behind the point.
         root: whether the figure is the root of the mean.
+        exponential: whether it is the exponential of the mean.
     """
 
     name: str
@@ -37,10 +38,13 @@ class Metric:
     factor: float = 1.0
     digits: int = 3
     root: bool = False
+    exponential: bool = False
 
     def score(self, sum: float, count: float) -> float:
         """The figure, from the two sums that :meth:`Task.judge` gives."""
         mean = sum / count
+        if self.exponential:
+            return math.exp(mean)
         return math.sqrt(mean) if self.root else mean
 
     def reaches(self, figure: float, bound: float) -> bool:
@@ -66,6 +70,8 @@ ACCURACY = Metric("accuracy", "%", factor=100, digits=1)
 NRMSE = Metric("NRMSE", "%", higher_is_better=False, factor=100, digits=2, root=True)
 #: Of predictions, over the bytes that they are of.
 BITS_PER_BYTE = Metric("bits per byte", higher_is_better=False)
+#: The exponential of the mean nats of a token.
+PERPLEXITY = Metric("perplexity", higher_is_better=False, exponential=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,8 +218,16 @@ class Task(abc.ABC):
         for _ in range(-(-sequences // batch)):
             yield self.sample(batch, generator, length)
 
+    def best(self, length: int, sequences: int, seed: int) -> float | None:
+        """The figure that no model beats on what :meth:`tests` gives, but by luck; None: not known."""
+        return None
+
     def lengths(self, inputs: Tensor) -> Tensor | None:
         """(batch,) places of each that count, from the first; None: all. For readouts that are not "last"."""
+        return None
+
+    def words(self, tokens: Tensor) -> str | None:
+        """What a person reads, for a sequence (places,) of tokens; None: tokens have no names."""
         return None
 
     def loss(self, scores: Tensor, targets: Tensor) -> Tensor:

@@ -83,7 +83,8 @@ def _one_token(model: Any, tokens: Tensor, kwargs: dict[str, Any]) -> bool:
     if any(asked) or (kwargs.get("use_cache") is None and (model.training or not config.use_cache)):
         return False
     mask = kwargs.get("attention_mask")
-    return mask is None or (mask.dim() == 2 and bool((mask[:, -1] != 0).all()))
+    # With a static cache it is a dictionary of masks that are ready for attention.
+    return mask is None or (isinstance(mask, Tensor) and mask.dim() == 2 and bool((mask[:, -1] != 0).all()))
 
 
 def _compiled_step(model: Any, tokens: Tensor, cache: Any, mask: Tensor | None) -> Tensor | None:
