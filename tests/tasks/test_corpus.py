@@ -31,7 +31,7 @@ def build(folder: Path, cache: Path, held_out: float = 0.1) -> Corpus:
 
 
 def documents_of(tokens: np.ndarray) -> set[bytes]:
-    return set(bytes(tokens.astype(np.uint8)).split(b"\0")[1:])
+    return set(bytes(np.array(tokens)).split(b"\0")[1:])
 
 
 def test_split_shares_nothing_and_loses_nothing(folder: Path, tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_cache_is_used(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     first = build(folder, tmp_path / "cache")
     monkeypatch.setattr(corpus_module, "_build", None)
     assert build(folder, tmp_path / "cache").key == first.key
-    with open(first.folder / "train.bin", "r+b") as file:
+    with open(first.folder / "train-00000.bin", "r+b") as file:
         file.truncate(10)
     with pytest.raises(DataError, match="damaged"):
         build(folder, tmp_path / "cache")
@@ -77,7 +77,7 @@ def test_one_file_is_cut_by_position(tmp_path: Path) -> None:
     path.write_text("".join(f"line {i}\n" for i in range(1000)))
     corpus = build(path, tmp_path / "cache")
     assert corpus.held_out_text().endswith(b"line 999\n")
-    assert bytes(corpus.train)[1:] + corpus.held_out_text() == path.read_bytes()
+    assert bytes(np.array(corpus.train))[1:] + corpus.held_out_text() == path.read_bytes()
 
 
 def test_empty_and_tiny_texts_are_refused(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_empty_and_tiny_texts_are_refused(tmp_path: Path) -> None:
     (empty / "x.txt").write_text("")
     with pytest.raises(DataError, match=r"part empty \(0 bytes"):
         build(empty / "x.txt", tmp_path / "cache")
-    assert not list((tmp_path / "cache").rglob("corpus.json"))
+    assert not list((tmp_path / "cache").rglob("manifest.json"))
 
 
 def test_everything_held_out(folder: Path, tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_full_disk(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(corpus_module, "_write", full)
     with pytest.raises(StorageError, match=r"No space left on device.*LONGSCAN_CACHE"):
         build(folder, tmp_path / "cache")
-    assert not list((tmp_path / "cache" / "corpora").iterdir())
+    assert not list((tmp_path / "cache" / "shards").iterdir())
 
 
 def test_hub_tokenizer_counts_bytes_of_the_text(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from longscan.errors import DataError
-from longscan.tasks.sources import STDLIB, open_source, pieces, split_in_two
+from longscan.tasks.sources import STDLIB, last_part, open_source, pieces
 
 
 def test_standard_library_is_python_only_and_the_same_twice() -> None:
@@ -57,10 +57,10 @@ def test_missing_and_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     path = tmp_path / "secret.txt"
     path.write_text("x")
 
-    def refuse(self: Path) -> bytes:
+    def refuse(self: Path, mode: str) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(DataError, match=r"cannot read .*secret.txt: Permission denied"):
         list(open_source(str(path)).documents())
 
@@ -98,11 +98,11 @@ def test_hub_by_the_real_package_on_local_files(tmp_path: Path) -> None:
 
 def test_pieces_and_halves_lose_nothing() -> None:
     text = b"".join(b"line %d\n" % i for i in range(300_000))
-    cut = list(pieces(text))
+    cut = list(pieces(text, 0, len(text)))
     assert b"".join(cut) == text
     assert len(cut) > 1
     assert all(piece.endswith(b"\n") for piece in cut)
-    head, tail = split_in_two(("x", text), 0.05)
-    assert head + tail == text
+    place = last_part(text, 0.05)
+    head, tail = text[:place], text[place:]
     assert head.endswith(b"\n")
     assert len(tail) / len(text) == pytest.approx(0.05, rel=1e-3)

@@ -127,7 +127,7 @@ def test_full_disk_keeps_the_checkpoint_before(tmp_path: Path, monkeypatch: pyte
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(sealed, "_flush", full)
+        patch.setattr(sealed, "flush", full)
         with pytest.raises(StorageError, match=r"step-00000008: .*No space left.*earlier checkpoints are untouched"):
             make_trainer(tmp_path, stop=after(4))[0].run()
     assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == [4]

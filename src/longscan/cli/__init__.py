@@ -10,6 +10,7 @@ from collections.abc import Sequence
 #: Each command is a module here with ``Options`` (a frozen dataclass) and ``run(options) -> exit code``.
 COMMANDS = {
     "train": "train a model:  longscan train text,  longscan train --resume runs/NAME",
+    "prepare": "tokenize text once, to shards:  longscan prepare --data FOLDER --out shards",
     "generate": "continue a prompt:  longscan generate runs/NAME --prompt 'def '",
     "evaluate": "held-out bits per byte, or benchmarks:  longscan evaluate runs/NAME [--tasks hellaswag,piqa]",
     "export": "write its graph, for ONNX or torch.export:  longscan export runs/NAME --format onnx",

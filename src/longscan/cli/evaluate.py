@@ -95,8 +95,8 @@ def run(options: Options) -> int:
     if options.data is not None:
         text = TextConfig(options.data, saved.text.tokenizer, options.field, options.max_bytes, held_out=1.0)
     with Display() as display:
-        with display.status("reading the text"):
-            corpus, _ = prepare(text, tokenizer)
+        with display.amounts() as amounts:
+            corpus, _ = prepare(text, tokenizer, progress=amounts)
         with display.fraction("held-out part") as progress:
             report = measure(model, corpus, precision=precision, progress=progress)
         report.update(precision=precision, weights=options.weights)

@@ -10,11 +10,21 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 # Without a terminal: seconds between lines.
 _INTERVAL = 10.0
+# On one: between two looks at an amount, of which many may be told in a second.
+_REDRAWN = 0.1
 
 
 class Display:
@@ -83,6 +93,29 @@ class Display:
         with Progress(TextColumn(text), BarColumn(bar_width=None), TimeRemainingColumn(compact=True)) as progress:
             task = progress.add_task(text, total=1.0)
             yield lambda done: progress.update(task, completed=done)
+
+    @contextlib.contextmanager
+    def amounts(self) -> Iterator[Callable[[str, int, int | None], None]]:
+        """A bar for each of several things, told how much of it is done, and of how much if that is known."""
+        if not self.console.is_terminal:
+            yield lambda what, done, whole: None
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"))
+        tasks: dict[str, TaskID] = {}
+        said = 0.0
+
+        def tell(what: str, done: int, whole: int | None) -> None:
+            nonlocal said
+            now = time.monotonic()
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=None, amount="")
+            elif now - said < _REDRAWN and done != whole:
+                return
+            said = now
+            progress.update(tasks[what], completed=done, total=whole, amount=f"{done / 1e6:,.1f} M")
+
+        with Progress(*columns, TimeElapsedColumn(), console=self.console) as progress:
+            yield tell
 
     def stepped(self, row: dict[str, Any]) -> None:
         if "left_out" in row:

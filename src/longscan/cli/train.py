@@ -228,11 +228,12 @@ class Job:
 
         self._rejoin()
         options, display = self._options, self._display
-        # The first process builds the corpus, the others find it in the cache.
+        # The first process builds the corpus, the others find it in the cache; each compares its share of the files.
+        share = (self._ranks.rank, self._ranks.size)
         for turn in (True, False):
             if turn == self._ranks.first:
-                with display.status("reading the text"):
-                    self.corpus, self.tokenizer = prepare(options.text)
+                with display.amounts() as progress:
+                    self.corpus, self.tokenizer = prepare(options.text, share=share, progress=progress)
             self._ranks.wait()
         corpus = self.corpus
         if options.resume is not None:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from longscan.errors import ConfigError
+from longscan.errors import ConfigError, LongscanError
 from longscan.mixers import MIXERS, make_mixer
 from longscan.nn.blocks import BLOCKS, BlockShape
 from longscan.nn.mixer import SequenceMixer
@@ -50,7 +50,7 @@ class Config:
         """Inverse of :meth:`to_json`."""
         try:
             values = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"configuration is not valid JSON: {error}") from error
         return cls.from_dict(values)
 
@@ -77,7 +77,7 @@ class MixerChoice:
                 raise ConfigError(f"mixer must be a name or a non-empty list of names, got {self.mixer!r}")
             object.__setattr__(self, "mixer", tuple(self.mixer))
         for name in self.mixer_names:
-            if name not in MIXERS:
+            if not isinstance(name, str) or name not in MIXERS:
                 raise ConfigError(
                     f"mixer {name!r} is not registered{closest(name, MIXERS)}; known: {', '.join(MIXERS)}"
                 )
@@ -87,7 +87,7 @@ class MixerChoice:
                 raise ConfigError(f"{field} must be a mapping, got {type(value).__name__}")
             object.__setattr__(self, field, dict(value))
         self._check_options()
-        if self.block != "plain" and self.block not in BLOCKS:
+        if self.block != "plain" and (not isinstance(self.block, str) or self.block not in BLOCKS):
             known = ("plain", *BLOCKS)
             raise ConfigError(f"block must be one of {', '.join(known)}; got {self.block!r}")
         allowed = block_option_names() if self.block != "plain" else []
@@ -137,17 +137,27 @@ class MixerChoice:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> SequenceMixer:
-        """The mixer of a layer, in its block."""
+        """The mixer of a layer, in its block.
+
+        Raises:
+            ConfigError: an option has a value of the wrong kind.
+        """
         name = self.mixer_of(layer)
-        return make_mixer(
-            name,
-            d_model,
-            block=self.block,
-            block_options=self.block_options,
-            device=device,
-            dtype=dtype,
-            **self.options_of(name),
-        )
+        try:
+            return make_mixer(
+                name,
+                d_model,
+                block=self.block,
+                block_options=self.block_options,
+                device=device,
+                dtype=dtype,
+                **self.options_of(name),
+            )
+        except (LongscanError, torch.OutOfMemoryError):
+            raise
+        except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError) as error:
+            # Options come from files: any value of JSON can be among them.
+            raise ConfigError(f"options of mixer {name!r} in block {self.block!r} cannot be used: {error}") from error
 
 
 def mixer_option_names(mixer: str) -> list[str]:

@@ -71,8 +71,11 @@ def load_pretrained(
     values = read_json(folder / CONFIG_FILE)
     quantization = values.pop(QUANTIZATION, None)
     config = _config_of(values, folder / CONFIG_FILE)
-    with torch.device("meta"):
-        model: Any = kind(config)
+    try:
+        with torch.device("meta"):
+            model: Any = kind(config)
+    except (ArgumentError, ConfigError) as error:
+        raise CheckpointError(f"{folder / CONFIG_FILE}: {error}") from error
     if quantization is not None:
         try:
             model.quantize(quantization)
@@ -122,8 +125,11 @@ def load_config(folder: Path) -> LanguageModelConfig:
 def _config_of(values: dict[str, Any], path: Path) -> LanguageModelConfig:
     try:
         return formats.read_config(values)
-    except (ConfigError, TypeError) as error:
+    except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        # Another format's values, of another kind than it says.
+        raise CheckpointError(f"{path}: a value is of the wrong kind: {error}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -136,7 +142,7 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: holds a {type(values).__name__}, expected a mapping of names to values")

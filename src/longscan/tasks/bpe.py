@@ -9,6 +9,7 @@ from pathlib import Path
 from longscan.errors import DataError
 from longscan.nn.storage import write_text
 from longscan.tasks.corpus import build_corpus, cache_folder
+from longscan.tasks.shards import Tokens
 from longscan.tasks.sources import Source
 from longscan.tasks.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 
@@ -52,12 +53,21 @@ def learn_bpe(name: str, source: Source, *, held_out: float, cache: Path | None 
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=int(count), special_tokens=[_BORDER], initial_alphabet=alphabet, show_progress=False
         )
-        learnt.train_from_iterator(_documents(corpus.train.tobytes()), trainer)
+        learnt.train_from_iterator(_documents(corpus.train), trainer)
         write_text(path, learnt.to_str())
     return load_tokenizer(os.fspath(path))
 
 
-def _documents(text: bytes) -> Iterator[str]:
-    for document in text.split(bytes([ByteTokenizer.border])):
-        for begin in range(0, len(document), _PIECE):
-            yield document[begin : begin + _PIECE].decode("utf-8", errors="replace")
+def _documents(text: Tokens) -> Iterator[str]:
+    """Documents in pieces of at most a length, read one after the other."""
+    rest = b""
+    for begin in range(0, len(text), _PIECE):
+        *whole, rest = (rest + bytes(text[begin : begin + _PIECE])).split(bytes([ByteTokenizer.border]))
+        for document in whole:
+            for start in range(0, len(document), _PIECE):
+                yield document[start : start + _PIECE].decode("utf-8", errors="replace")
+        while len(rest) > _PIECE:
+            yield rest[:_PIECE].decode("utf-8", errors="replace")
+            rest = rest[_PIECE:]
+    if rest:
+        yield rest.decode("utf-8", errors="replace")

@@ -83,7 +83,9 @@ class Language(Task):
                         "give more text or a shorter length"
                     )
             dtype = np.uint8 if corpus.train.dtype == np.uint8 else np.int32
-            train, rest = (torch.from_numpy(part.astype(dtype)).to(device) for part in (corpus.train, corpus.held_out))
+            train, rest = (
+                torch.from_numpy(np.array(part, dtype)).to(device) for part in (corpus.train, corpus.held_out)
+            )
             self._on[device] = train, rest
         return self._on[device]
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
+import mmap
 import os
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -12,14 +12,19 @@ from pathlib import Path
 
 from longscan.errors import DataError
 
-#: A document: a name that is the same on every machine, and its bytes.
-Document = tuple[str, bytes]
+#: Text: bytes, or those of a large file mapped into memory.
+Content = bytes | mmap.mmap
+
+#: A document: a name that is the same on every machine, and its text.
+Document = tuple[str, Content]
 
 STDLIB = "stdlib"
 _HUB_PREFIX = "hf:"
 # Folders of other people's packages, of caches and of version control: never part of a corpus.
 _SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "node_modules"})
 _PIECE = 1 << 20
+# Files from this size on are mapped, smaller ones read.
+_LARGE = 1 << 26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +102,7 @@ def _folder(root: Path, field: str) -> Iterator[Document]:
             yield from _json_lines(path, name, field)
             continue
         content = _read(path)
-        if b"\0" not in content:  # a NUL byte: not text
+        if content.find(b"\0") < 0:  # a NUL byte: not text
             yield name, content
 
 
@@ -115,9 +120,12 @@ def _files(root: Path) -> Iterator[Path]:
                 yield path
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path) -> Content:
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size < _LARGE:
+                return file.read()
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise DataError(f"data: cannot read {path}: {error.strerror or error}") from error
 
@@ -174,32 +182,25 @@ def _hub(name: str, field: str, max_bytes: int | None) -> Source:
 def _first_bytes(documents: Iterator[Document], max_bytes: int) -> Iterator[Document]:
     left = max_bytes
     for name, content in documents:
-        yield name, content[:left]
+        yield name, content if len(content) <= left else content[:left]
         left -= len(content)
         if left <= 0:
             return
 
 
-def split_in_two(document: Document, fraction: float) -> tuple[bytes, bytes]:
-    """A text's head and its last ``fraction``, cut at the line that begins nearest before there."""
-    content = document[1]
+def last_part(content: Content, fraction: float) -> int:
+    """Where the last ``fraction`` of a text begins: at the line that begins nearest before there."""
     cut = len(content) - round(len(content) * fraction)
     line = content.rfind(b"\n", 0, cut) + 1
-    return (content[:line], content[line:]) if line > cut // 2 else (content[:cut], content[cut:])
+    return line if line > cut // 2 else cut
 
 
-def pieces(content: bytes) -> Iterator[bytes]:
-    """A long text in pieces that end with a line, so that tokenizing one never needs all of it."""
-    if len(content) <= _PIECE:
-        yield content
-        return
-    start = 0
-    for _ in itertools.count():
-        end = start + _PIECE
-        if end >= len(content):
-            yield content[start:]
-            return
-        line = content.rfind(b"\n", start, end) + 1
-        end = line if line > start else end
+def pieces(content: Content, start: int, end: int) -> Iterator[bytes]:
+    """A stretch of a text in pieces that end with a line, so that tokenizing one never needs all of it."""
+    while end - start > _PIECE:
+        line = content.rfind(b"\n", start, start + _PIECE) + 1
+        stop = line if line > start else start + _PIECE
+        yield content[start:stop]
+        start = stop
+    if end > start:
         yield content[start:end]
-        start = end

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
+from longscan.errors import DataError
 from longscan.tasks.bpe import PREFIX, learn_bpe
-from longscan.tasks.corpus import Corpus, build_corpus
+from longscan.tasks.corpus import MANIFEST, Corpus, Progress, build_corpus, open_corpus, read_manifest, silent
 from longscan.tasks.sources import STDLIB, open_source
-from longscan.tasks.tokenizers import BYTES, Tokenizer, load_tokenizer
+from longscan.tasks.tokenizers import BYTES, TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,8 +18,9 @@ class TextConfig:
     """What text to learn."""
 
     data: str = STDLIB
-    """"stdlib" (the Python files of this interpreter's standard library), a text file, a folder, a .jsonl file, or
-    hf:NAME[:CONFIG] (a data set of the Hugging Face Hub, streamed)."""
+    """"stdlib" (the Python files of this interpreter's standard library), a text file, a folder, a .jsonl file,
+    hf:NAME[:CONFIG] (a data set of the Hugging Face Hub, streamed), or a folder that `longscan prepare` has written,
+    whose tokenizer and held-out part are those it was written with."""
     tokenizer: str = BYTES
     """"bytes", a tokenizer.json, a folder with one, a name on the Hugging Face Hub, or bpe:4096, which is learnt from
     the text."""
@@ -29,22 +32,40 @@ class TextConfig:
     """Fraction of the documents held out, chosen by the hash of their names."""
 
 
-def prepare(config: TextConfig, tokenizer: Tokenizer | None = None) -> tuple[Corpus, Tokenizer]:
+def prepare(
+    config: TextConfig,
+    tokenizer: Tokenizer | None = None,
+    *,
+    out: Path | None = None,
+    share: tuple[int, int] = (0, 1),
+    progress: Progress = silent,
+) -> tuple[Corpus, Tokenizer]:
     """Read, split and tokenize, or find all that in the cache.
 
     Args:
         config: the text.
         tokenizer: instead of the one that ``config`` names.
+        out, share, progress: see :func:`longscan.tasks.corpus.build_corpus`.
 
     Raises:
         DataError: the text or the tokenizer cannot be used.
         StorageError: the cache cannot be written.
     """
+    prepared = Path(config.data).expanduser()
+    if (prepared / MANIFEST).is_file() and out is None:
+        own = load_tokenizer(str(prepared) if (prepared / TOKENIZER_FILE).is_file() else BYTES)
+        found = {own.identity, tokenizer.identity if tokenizer is not None else own.identity}
+        if found != {read_manifest(prepared)["tokenizer"]}:
+            raise DataError(
+                f"data: {prepared} was prepared with another tokenizer; prepare the text anew with this one"
+            )
+        return open_corpus(prepared, share=share, progress=progress), own
     source = open_source(config.data, field=config.field, max_bytes=config.max_bytes)
     if tokenizer is None and config.tokenizer.startswith(PREFIX):
         tokenizer = learn_bpe(config.tokenizer, source, held_out=config.held_out)
     tokenizer = load_tokenizer(config.tokenizer) if tokenizer is None else tokenizer
-    return build_corpus(source, tokenizer, held_out=config.held_out), tokenizer
+    corpus = build_corpus(source, tokenizer, held_out=config.held_out, out=out, share=share, progress=progress)
+    return corpus, tokenizer
 
 
 def recipe(device: str) -> dict[str, dict[str, Any]]:

@@ -31,6 +31,10 @@ class Tokenizer(Protocol):
         """Tokens of a text: one-dimensional integers."""
         ...
 
+    def encode_batch(self, contents: Sequence[bytes]) -> list[np.ndarray]:
+        """Tokens of each of several texts, by all cores where that is worth it."""
+        ...
+
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of tokens; what is no valid UTF-8 becomes U+FFFD."""
         ...
@@ -54,6 +58,9 @@ class ByteTokenizer:
     def encode(self, content: bytes) -> np.ndarray:
         return np.frombuffer(content, dtype=np.uint8)
 
+    def encode_batch(self, contents: Sequence[bytes]) -> list[np.ndarray]:
+        return [self.encode(content) for content in contents]
+
     def decode(self, tokens: Sequence[int]) -> str:
         return bytes(tokens).decode("utf-8", errors="replace")
 
@@ -68,6 +75,9 @@ class HubTokenizer:
     """A tokenizer of the `tokenizers` package."""
 
     def __init__(self, tokenizer: Any) -> None:
+        # A file may ask for texts that are cut short or filled up: those of a corpus are neither.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         self._tokenizer = tokenizer
         self.vocab_size = int(tokenizer.get_vocab_size(with_added_tokens=True))
         known = (tokenizer.token_to_id(name) for name in _BORDERS)
@@ -79,8 +89,12 @@ class HubTokenizer:
         self.identity = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
 
     def encode(self, content: bytes) -> np.ndarray:
-        text = content.decode("utf-8", errors="replace")
-        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+        return self.encode_batch([content])[0]
+
+    def encode_batch(self, contents: Sequence[bytes]) -> list[np.ndarray]:
+        texts = [content.decode("utf-8", errors="replace") for content in contents]
+        found = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [np.asarray(encoding.ids, dtype=np.uint32) for encoding in found]
 
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self._tokenizer.decode([t for t in tokens if t != self.border], skip_special_tokens=False))

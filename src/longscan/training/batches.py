@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from longscan.errors import DataError
+from longscan.tasks.shards import Tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Batches:
     of its part it starts over.
 
     Args:
-        tokens: (tokens,) integers, usually memory-mapped.
+        tokens: (tokens,) integers, usually of files that are mapped into memory.
         batch_size: sequences per step.
         sequence_length: tokens per sequence.
         seed: of the order.
@@ -30,7 +31,7 @@ class Batches:
         DataError: there are not enough tokens for one sequence (with ``carry_state``: one per row).
     """
 
-    tokens: np.ndarray
+    tokens: np.ndarray | Tokens
     batch_size: int
     sequence_length: int
     seed: int = 0

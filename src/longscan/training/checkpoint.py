@@ -16,10 +16,10 @@ from longscan.errors import CheckpointError, StorageError
 from longscan.models import LanguageModel
 from longscan.models.pretrained import load_weights
 from longscan.nn.state import ModelState
-from longscan.nn.storage import load_tensors, save_tensors
+from longscan.nn.storage import file_digest, load_tensors, save_tensors
 from longscan.training.distributed import Ranks
 from longscan.training.optimizers import Optimizers
-from longscan.training.sealed import digest, keep_only, newest_sound, place, read_about, seal, sweep
+from longscan.training.sealed import keep_only, newest_sound, place, read_about, seal, sweep
 
 _WEIGHTS = "model.safetensors"
 _OPTIMIZER = "optimizer.safetensors"
@@ -111,7 +111,7 @@ class Checkpoints:
                 state.save(building / name)
             save_weights(model, building / _WEIGHTS)
             save_tensors(building / _OPTIMIZER, optimizers.tensors(), {})
-            complete({path.name: digest(path) for path in building.iterdir()})
+            complete({path.name: file_digest(path) for path in building.iterdir()})
         except OSError as error:
             self._failed(step, error)
         self._saved(step, final)

@@ -97,6 +97,8 @@ class TrainConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not -(2**63) <= self.seed < 2**64:
+            raise ConfigError(f"seed must fit in 64 bits, got {self.seed}")
         if self.steps is not None and self.steps < 1:
             raise ConfigError(f"steps must be at least 1, got {self.steps}")
         for name in ("minutes", "passes", "learning_rate", "muon_learning_rate", "checkpoint_minutes"):

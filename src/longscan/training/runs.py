@@ -104,7 +104,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict) or not {"text", "model", "training"} <= config.keys():
             raise ValueError("it lacks what `longscan train` writes")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{folder} is not a run of `longscan train`: {path.name}: {error}") from error
     if config.get("format") != _FORMAT:
         raise ConfigError(f"{path} has format {config.get('format')}, this version reads {_FORMAT}")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from longscan.errors import CheckpointError
+from longscan.nn.storage import file_digest, flush, json_digest
 from longscan.training.distributed import Ranks
 
 _ABOUT = "checkpoint.json"
@@ -31,16 +31,16 @@ def seal(building: Path, final: Path, about: dict[str, Any], digests: dict[str, 
         building: with all files in it.
         final: takes the place of what has this name.
         about: JSON values, with "format".
-        digests: of the files, by name (:func:`digest`).
+        digests: of the files, by name (:func:`longscan.nn.storage.file_digest`).
     """
     about = {**about, "sha256": dict(sorted(digests.items()))}
-    about["self"] = _own_digest(about)
+    about["self"] = json_digest(about)
     (building / _ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     for path in (*building.iterdir(), building):
-        _flush(path)
+        flush(path)
     shutil.rmtree(final, ignore_errors=True)
     os.rename(building, final)
-    _flush(final.parent)
+    flush(final.parent)
 
 
 def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
@@ -109,7 +109,7 @@ def describe_checkpoint(path: Path, ranks: Ranks | None = None) -> dict[str, Any
     about = read_about(path)
     for name in sorted(about["sha256"])[ranks.rank :: ranks.size]:
         try:
-            found = digest(path / name)
+            found = file_digest(path / name)
         except OSError as error:
             raise CheckpointError(f"{path / name} is missing or unreadable: {error.strerror or error}") from error
         if found != about["sha256"][name]:
@@ -125,43 +125,13 @@ def read_about(path: Path) -> dict[str, Any]:
     """
     try:
         about = dict(json.loads((path / _ABOUT).read_text(encoding="utf-8")))
-        if about.pop("self") != _own_digest(about):
+        if about.pop("self") != json_digest(about):
             raise ValueError("its contents do not match the checksum written with them")
         if about["format"] not in _FORMATS:
             allowed = " and ".join(map(str, _FORMATS))
             raise CheckpointError(f"{path} has format {about['format']}, this version reads {allowed}")
         if any(Path(name).name != name for name in about["sha256"]):
             raise ValueError("it names a file that is not in its folder")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path / _ABOUT} is damaged or missing: {error}") from error
     return about
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file's contents."""
-    value = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in _blocks(file):
-            value.update(block)
-    return value.hexdigest()
-
-
-def _own_digest(about: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-
-
-def _blocks(file: Any) -> Iterator[bytes]:
-    while block := file.read(1 << 20):
-        yield block
-
-
-def _flush(path: Path) -> None:
-    """Make a file or a folder's list of names survive a power cut, where the system can."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except PermissionError:
-        return  # Windows opens no folders
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from longscan.errors import CheckpointError
 from longscan.nn.state import State
-from longscan.training.sealed import digest
+from longscan.nn.storage import file_digest
 
 #: Files of carried states begin so; they lie beside the shards.
 STATES = "state-"
@@ -43,7 +43,7 @@ class _Writer(dcp.HuggingFaceStorageWriter):
         done: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
         done.set_result(
             [
-                WriteResult(MetadataIndex(name), path.stat().st_size, digest(path))
+                WriteResult(MetadataIndex(name), path.stat().st_size, file_digest(path))
                 for name, path in ((name, self._building / name) for name in files)
             ]
         )
