@@ -117,4 +117,6 @@ class Report:
 
 
 def _command() -> str:
-    return " ".join([Path(sys.argv[0]).name or "python", *sys.argv[1:]])
+    # `python -m longscan` is the same command.
+    name = "longscan" if Path(sys.argv[0]).name == "__main__.py" else Path(sys.argv[0]).name
+    return " ".join([name or "python", *sys.argv[1:]])
