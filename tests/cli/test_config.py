@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from longscan.cli.config import differences, merge
-from longscan.cli.train import Options, parse
+from longscan.cli.train_options import Options, parse
 from longscan.errors import ConfigError
 from longscan.tasks.text import TextConfig, recipe
 

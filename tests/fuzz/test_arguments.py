@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longscan.cli import COMMANDS, main
-from longscan.cli.train import ModelOptions
+from longscan.cli.train_options import ModelOptions
 from longscan.tasks.text import TextConfig
 from longscan.training.config import TrainConfig
 from tests.fuzz.damage import names

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from longscan import LanguageModel, LanguageModelConfig
 from longscan.cli.config import merge, read_toml
-from longscan.cli.train import Options, saved_options
+from longscan.cli.train_options import Options, saved_options
 from longscan.errors import CheckpointError, DataError
 from longscan.mixers import MIXERS
 from longscan.models.options import mixer_option_names

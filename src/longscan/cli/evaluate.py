@@ -83,7 +83,7 @@ def run(options: Options) -> int:
 
     from longscan.cli.generate import load_run
     from longscan.cli.progress import Display
-    from longscan.cli.train import saved_options
+    from longscan.cli.train_options import saved_options
     from longscan.evaluation import nats_by_position
     from longscan.nn.storage import write_text
     from longscan.tasks.text import TextConfig, prepare

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from longscan.cli.config import read_toml
-from longscan.cli.train import Stop
+from longscan.cli.stop import Stop
 from longscan.errors import ConfigError
 from longscan.evaluation.waveforms import continue_waveform
 from longscan.experiments import (

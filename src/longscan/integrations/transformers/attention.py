@@ -5,6 +5,7 @@ The projections are what takes the time; PyTorch's are made for matrices.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -31,12 +32,13 @@ class Token:
     cache: Any
 
 
-class Attend:
+class Attend(abc.ABC):
     """An attention layer of a hybrid."""
 
     #: What it reads where it lies.
     matrices: tuple[Tensor, ...]
 
+    @abc.abstractmethod
     def __call__(
         self, hidden: Tensor, residual: Tensor | None, token: Token
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -44,7 +46,6 @@ class Attend:
 
         All are (batch, d_model) in float32.
         """
-        raise NotImplementedError
 
 
 class JambaAttention(Attend):
