@@ -87,10 +87,15 @@ def assert_same_run(found: Path, expected: Path) -> None:
         assert [row[key] for row in ours] == pytest.approx([row[key] for row in theirs], rel=1e-4), key
 
 
-def test_a_lost_data_file_stops_with_nothing_lost(place: Path) -> None:
+@pytest.fixture(scope="module")
+def run(place: Path) -> Path:
+    """The folder of a run that has ended."""
     code, out, error = call(place, *train("lost", steps=5))
     assert code == 0, out + error
-    run = place / "runs" / "lost"
+    return place / "runs" / "lost"
+
+
+def test_a_lost_data_file_stops_with_nothing_lost(place: Path, run: Path) -> None:
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     os.rename(place / "text.txt", place / "elsewhere.txt")
     try:
@@ -103,12 +108,12 @@ def test_a_lost_data_file_stops_with_nothing_lost(place: Path) -> None:
         os.rename(place / "elsewhere.txt", place / "text.txt")
 
 
-def test_two_processes_do_not_train_one_run(place: Path) -> None:
+def test_two_processes_do_not_train_one_run(place: Path, run: Path) -> None:
     import fcntl
 
-    run = place / "runs" / "held"
-    shutil.copytree(place / "runs" / "lost", run)
-    with open(run / ".lock", "a") as lock:
+    held = place / "runs" / "held"
+    shutil.copytree(run, held)
+    with open(held / ".lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         code, _, error = call(place, "train", "--resume", "runs/held")
     assert code == 2
