@@ -89,5 +89,9 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-if os.environ.get("LONGSCAN_MAMBA_SSM"):
-    importlib.import_module("longscan.integrations.mamba_ssm.install").enable_from_environment()
+for _variable, _module in (
+    ("LONGSCAN_MAMBA_SSM", "longscan.integrations.mamba_ssm.install"),
+    ("LONGSCAN_TRANSFORMERS", "longscan.integrations.transformers"),
+):
+    if os.environ.get(_variable):
+        importlib.import_module(_module).enable_from_environment()
