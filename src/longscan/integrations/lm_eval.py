@@ -1,7 +1,11 @@
 """The model ``longscan`` of lm-evaluation-harness.
 
-The harness finds models in a registry that it fills itself, and looks for no plug-ins; importing this module registers
-ours. So its command is run through this module, with all options of its own:
+It is registered by importing this module. Versions of the harness that look for plug-ins (the entry points
+``lm_eval.models``) do that by themselves, so that its own command knows the model:
+
+    lm_eval --model longscan --model_args pretrained=FOLDER --tasks hellaswag
+
+0.4.13 and earlier look for none; their command, with all options of its own, is run through this module:
 
     python -m longscan.integrations.lm_eval --model longscan --model_args pretrained=FOLDER --tasks hellaswag
 """
