@@ -154,7 +154,7 @@ def test_options(place: Path) -> None:
     assert bold.tok_encode("the")[0] == 3
     assert bold.tok_encode("the", add_special_tokens=False)[0] != 3
     (nats, _), _ = bold.loglikelihood(requests(("the dog", " runs"), ("a", " cat")), disable_tqdm=True)
-    reference = LongscanLM(folder, device="cpu", add_bos_token=True, prefix_token_id=3)
+    reference = LongscanLM(str(place), subfolder="ours", device="cpu", add_bos_token=True, prefix_token_id=3)
     ((close, _),) = reference.loglikelihood(requests(("the dog", " runs")), disable_tqdm=True)
     assert nats == pytest.approx(close, rel=0.05)
     assert bold.device == torch.device("cpu")
@@ -191,7 +191,7 @@ def test_a_run_of_ours_names_its_tokenizer(place: Path) -> None:
 def test_released_models_have_a_tokenizer_they_do_not_name(tmp_path: Path) -> None:
     folder = make(vocab_size=50277, n_layer=1).save_pretrained(tmp_path, format="mamba-ssm")
     model = LanguageModel.from_pretrained(folder)
-    assert _tokenizer_of(str(folder), model, None) == "EleutherAI/gpt-neox-20b"
+    assert _tokenizer_of(str(folder), model) == "EleutherAI/gpt-neox-20b"
 
 
 def test_the_entry_point() -> None:
