@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from functools import cache
 
 # Cycles of a step of a warp: a part that does not depend on the states of a lane, and one for each of them.
-_SHARED = (20.0, 11.3)
-_ALONE = (60.0, 13.5)
+_SHARED = (17.0, 9.6)
+_ALONE = (18.0, 12.5)
 
 # What a scheduler wastes for want of other warps, in warps.
-_EMPTY = 0.2
+_EMPTY = 0.1
 
 # What splitting time costs: the first pass beside the full one, the start of every piece, two more launches, and a
 # number of the state that is written, chained and read.
-_FIRST_PASS = 0.75
+_FIRST_PASS = 0.85
 _PIECE = 3_000
 _LAUNCHES = 12_000
 _STATE = 0.01
@@ -32,7 +32,7 @@ _RESIDENT = 4
 # Cycles of a step of a block of the backward pass, alone on a multiprocessor and with another one. Blocks of two warps,
 # four to a multiprocessor, took as long at 1,536 channels and a third longer at 2,048; of three, longer everywhere.
 _BACKWARD = (600.0, 870.0)
-_BACKWARD_FIRST_PASS = 0.35
+_BACKWARD_FIRST_PASS = 0.25
 
 #: Steps of a piece of time that are tried.
 SPANS = tuple(2**power for power in range(6, 13))
@@ -64,10 +64,10 @@ def forward_split(sequences: int, tokens: int, channels: int, numbers: int, mult
     longest = -(-tokens // sequences)
     width = 1 << (numbers - 1).bit_length()
     best, best_cost = Split(min(width, 8), 0), float("inf")
-    for each in (8, 4):
-        if each > width and each > 4:
+    for each in (8, 4, 2):
+        if each > max(width, 2):
             continue
-        warps = channels * (width // each) / 32
+        warps = channels * max(1, width // each) / 32
         for span in (0, *SPANS):
             if span >= longest:
                 break
