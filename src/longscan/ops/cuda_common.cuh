@@ -131,7 +131,7 @@ DEVICE float softplus(float x) {
 
 DEVICE float sigmoid(float x) { return reciprocal(1.f + exp2_fast(-x * LOG2E)); }
 
-// Two at a time, which share a reciprocal: the special-function unit is what the scan waits for most.
+// Two at a time, which share a reciprocal: the special-function unit is what the scan waits for most. A NaN of one is one of both.
 DEVICE float2 reciprocals(float2 x) {
     const float both = reciprocal(x.x * x.y);
     return make_float2(both * x.y, both * x.x);

@@ -135,7 +135,7 @@ def _forward_tile(lanes: int, numbers: int, channels: int) -> dict[str, int]:
     if numbers >= 8 or lanes == 1:
         return {"TILE": 8 if lanes == 1 else 16, "AHEAD": 1, "RESIDENT": 3, "TEAM": 1}
     alone = channels < 32 // lanes * _FORWARD_WARPS
-    ahead, resident = (3, 2) if numbers == 4 else (4, 1)
+    ahead, resident = (3, 2) if numbers == 4 else (6, 1)
     return {"TILE": 32, "AHEAD": ahead, "RESIDENT": resident, "TEAM": 1 if alone else _FORWARD_WARPS}
 
 
