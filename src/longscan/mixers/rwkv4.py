@@ -12,9 +12,8 @@ before (the token shift), w > 0 the decay and u the bonus of the present token:
 Keys are exponents, so numerator and denominator are kept relative to e^m, with the running peak
 :math:`m_t = \max(m_{t-1} - w, k_t)`: no exponential is ever above 1, and the sums never vanish.
 
-The paper's block puts its channel mixing, :math:`\sigma(r') \odot W_v \max(k', 0)^2` with a token shift of its own,
-behind this layer, and layer norms in front of both. :class:`longscan.LanguageModel` has RMS norms and, with
-``d_intermediate``, a gated MLP without the shift in its place.
+The paper's block puts its channel mixing (:mod:`longscan.mixers.rwkv4_channels`), behind this layer, and layer norms in
+front of both: ``LanguageModelConfig(mixer=("rwkv4", "rwkv4_channels"))`` is that, with RMS norms.
 """
 
 from __future__ import annotations
