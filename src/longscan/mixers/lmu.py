@@ -254,12 +254,12 @@ class _Walk(torch.autograd.Function):
     @staticmethod
     def forward(inputs: Tensor, start: Tensor, W: Tensor, squashed: int) -> Tensor:
         """inputs (batch, length, n), start (batch, n) and W (n, n) to all states, (batch, length, n)."""
-        states, state = [], start
-        for now in inputs.unbind(1):
-            state = torch.addmm(now, state, W)
-            state = torch.cat((torch.tanh(state[:, :squashed]), state[:, squashed:]), dim=1)
-            states.append(state)
-        return torch.stack(states, dim=1)
+        # In place, on views that are made beforehand: a step is little more than its two kernels.
+        states, state = inputs.transpose(0, 1).clone(memory_format=torch.contiguous_format), start
+        for now, hidden in zip(states.unbind(0), states[..., :squashed].unbind(0), strict=True):
+            state = now.addmm_(state, W)
+            hidden.tanh_()
+        return states.transpose(0, 1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -271,10 +271,9 @@ class _Walk(torch.autograd.Function):
     def backward(ctx: Any, dstates: Tensor) -> tuple[Tensor | None, ...]:
         start, W, states = ctx.saved_tensors
         slopes = F.pad(1 - states[..., : ctx.squashed].square(), (0, states.shape[2] - ctx.squashed), value=1.0)
-        dinput, found = torch.zeros_like(start), []
-        for dstate, slope in zip(dstates.flip(1).unbind(1), slopes.flip(1).unbind(1), strict=True):
-            dinput = torch.addmm(dstate, dinput, W.T) * slope
-            found.append(dinput)
-        dinputs = torch.stack(found, dim=1).flip(1)
+        found, dinput = dstates.transpose(0, 1).clone(memory_format=torch.contiguous_format), torch.zeros_like(start)
+        for now, slope in zip(reversed(found.unbind(0)), reversed(slopes.unbind(1)), strict=True):
+            dinput = now.addmm_(dinput, W.T).mul_(slope)
+        dinputs = found.transpose(0, 1)
         before = torch.cat((start[:, None], states[:, :-1]), dim=1)
         return dinputs, dinput @ W.T, before.flatten(0, 1).T @ dinputs.flatten(0, 1), None
