@@ -62,7 +62,7 @@ class RWKV4Channels(SequenceMixer):
         d_hidden = 4 * d_model if d_hidden is None else d_hidden
         if min(d_model, d_hidden) < 1 or not 0 <= depth <= 1:
             raise ArgumentError(
-                f"d_model and d_hidden must be at least 1 and depth within 0 .. 1; got {d_model}, {d_hidden} and {depth}"
+                f"d_model and d_hidden must be at least 1, depth within 0 .. 1; got {d_model}, {d_hidden} and {depth}"
             )
         self.d_model, self.d_hidden = d_model, d_hidden
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
