@@ -35,7 +35,7 @@ from longscan.statespace.discretisation import ALPHAS
 METHODS = ("bilinear", "backward_euler")
 
 # Of the matrices of many steps: numbers that are held at a time.
-_NUMBERS = 2**18
+_NUMBERS = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,11 +220,10 @@ class _Systems(NamedTuple):
         times = self.clock[:, None] + torch.arange(steps.start + 1, steps.stop + 1, device=self.A.device)
         rate = 1 / times.to(self.A.dtype)[..., None, None]
         unit = torch.eye(len(self.A), dtype=self.A.dtype, device=self.A.device)
-        # A is lower triangular, and both matrices come from one inverse: (1 + (1 - a) A / t) is (1 - a A / t)^-1 up to
-        # a factor and the unit matrix.
-        implicit = unit - self.alpha * rate * self.A
-        inverse = torch.linalg.solve_triangular(implicit, unit.expand_as(implicit), upper=False)
-        A_bar, B_bar = (inverse - (1 - self.alpha) * unit).mT / self.alpha, rate[..., 0] * (inverse @ self.B)
+        right = torch.cat((unit + (1 - self.alpha) * rate * self.A, rate * self.B[:, None]), dim=-1)
+        # A is lower triangular.
+        solved = torch.linalg.solve_triangular(unit - self.alpha * rate * self.A, right, upper=False)
+        A_bar, B_bar = solved[..., :-1].mT, solved[..., -1]
         if len(self.clock) == 1:
             return list(zip(A_bar[0].unbind(0), B_bar[0].unbind(0), strict=True))
         return list(zip(A_bar.unbind(1), B_bar[:, :, None].unbind(1), strict=True))
@@ -239,22 +238,16 @@ class _Walk(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """h (batch, length, d_hidden) and m (batch, length, d_memory, order) after every step."""
         d_memory, d_hidden = memory.shape[1], hidden.shape[1]
-        # In place, on views that are made beforehand: a step is little more than its kernels.
-        own = projected.transpose(0, 1).clone(memory_format=torch.contiguous_format)
-        memories = own.new_empty(len(own), *memory.shape)
-        hiddens = own.new_empty(len(own), *hidden.shape)
-        u, gates = own[..., :d_memory], own[..., d_memory:]
-        gate, new = gates.split(d_hidden, dim=-1)
-        one = d_memory == 1 and len(systems.clock) == 1
-        for steps in systems.stretches(len(own)):
-            parts = [part[steps].unbind(0) for part in (u, gates, gate, new, memories, hiddens)]
-            for (A_bar, B_bar), now, both, keep, come, remembered, h in zip(systems.of(steps), *parts, strict=True):
-                now.addmm_(hidden, W_u)
-                faded = torch.mm(memory[:, 0], A_bar) if one else memory @ A_bar
-                memory = torch.addcmul(faded.view_as(memory), now[..., None], B_bar, out=remembered)
-                both.addmm_(memory.flatten(1), W_m)
-                hidden = torch.lerp(hidden, come.tanh_(), keep.sigmoid_(), out=h)
-        return hiddens.transpose(0, 1), memories.transpose(0, 1)
+        memories, hiddens = [], []
+        for steps in systems.stretches(projected.shape[1]):
+            for (A_bar, B_bar), own in zip(systems.of(steps), projected[:, steps].unbind(1), strict=True):
+                u, gates = own.split([d_memory, 2 * d_hidden], dim=1)
+                u = torch.addmm(u, hidden, W_u)
+                memory = torch.addcmul(memory @ A_bar, u[..., None], B_bar)
+                hidden = _gated(hidden, memory, gates, W_m)
+                memories.append(memory)
+                hiddens.append(hidden)
+        return torch.stack(hiddens, dim=1), torch.stack(memories, dim=1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

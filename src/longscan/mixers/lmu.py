@@ -254,11 +254,11 @@ class _Walk(torch.autograd.Function):
     @staticmethod
     def forward(inputs: Tensor, start: Tensor, W: Tensor, squashed: int) -> Tensor:
         """inputs (batch, length, n), start (batch, n) and W (n, n) to all states, (batch, length, n)."""
-        # In place, on views that are made beforehand: a step is little more than its two kernels.
+        # In place, so that a step is little more than its two kernels.
         states, state = inputs.transpose(0, 1).clone(memory_format=torch.contiguous_format), start
-        for now, hidden in zip(states.unbind(0), states[..., :squashed].unbind(0), strict=True):
-            state = now.addmm_(state, W)
-            hidden.tanh_()
+        for t in range(len(states)):
+            state = states[t].addmm_(state, W)
+            state[:, :squashed].tanh_()
         return states.transpose(0, 1)
 
     @staticmethod
@@ -272,8 +272,8 @@ class _Walk(torch.autograd.Function):
         start, W, states = ctx.saved_tensors
         slopes = F.pad(1 - states[..., : ctx.squashed].square(), (0, states.shape[2] - ctx.squashed), value=1.0)
         found, dinput = dstates.transpose(0, 1).clone(memory_format=torch.contiguous_format), torch.zeros_like(start)
-        for now, slope in zip(reversed(found.unbind(0)), reversed(slopes.unbind(1)), strict=True):
-            dinput = now.addmm_(dinput, W.T).mul_(slope)
+        for t in reversed(range(len(found))):
+            dinput = found[t].addmm_(dinput, W.T).mul_(slopes[:, t])
         dinputs = found.transpose(0, 1)
         before = torch.cat((start[:, None], states[:, :-1]), dim=1)
         return dinputs, dinput @ W.T, before.flatten(0, 1).T @ dinputs.flatten(0, 1), None
