@@ -1,11 +1,12 @@
 """The same weights in, the same numbers out as what others put on PyPI.
 
-``pip install --no-deps s5-pytorch torchscale rwkv``; without one, its test is skipped. They passed with s5-pytorch
-0.2.1, torchscale 0.3.0 and rwkv 0.8.32. Transformers' models are in tests/models/test_agreement.py.
+rwkv and s5-pytorch are of the development environment; ``pip install --no-deps torchscale`` is for the third. Passed
+with rwkv 0.8.32, s5-pytorch 0.2.1 and torchscale 0.3.0. Transformers' models are in tests/models/test_agreement.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.backends import cudnn
+from torch.backends.cuda import matmul
 
 from longscan.mixers import RWKV4, S5, RetNet, RWKV4Channels
 
@@ -81,6 +84,15 @@ def test_retnet_is_torchscale() -> None:
         torch.testing.assert_close(y[:, 0], expected[:, t], rtol=1e-4, atol=1e-5)
 
 
+@pytest.fixture
+def _precision_kept() -> Iterator[None]:
+    """What importing rwkv changes, which allows TF32 everywhere."""
+    before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
+    yield
+    cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+@pytest.mark.usefixtures("_precision_kept")
 @torch.no_grad()
 def test_rwkv_is_the_authors_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A whole RWKV-4 of two layers, read by its authors' package from a file as they write it."""

@@ -63,8 +63,8 @@ class LMU(SequenceMixer):
         discretisation: "zoh", "bilinear" or "backward_euler".
 
     Attributes:
-        drift, B_bar: A_bar - 1 (order, order) and B_bar (order,), float32 buffers: not trained, as in both papers. A
-            long window's A_bar is near 1, which the digits of its entries would go to.
+        drift, B_bar: A_bar - 1 (order, order) and B_bar (order,), float32 buffers: not trained, as in both papers. Of a
+            long window A_bar is nearly 1, and rounded to float32 would have lost what makes it forget.
     """
 
     undivided = None
