@@ -56,9 +56,9 @@ class RWKV4(SequenceMixer):
 
     Args:
         d_model: width.
-        depth: the place of the layer in its model, from 0 (first) to 1 (last). The authors start decays and shifts
-            accordingly: early layers forget faster and look further back at the token before. Mixers do not know their
-            place, so all layers of one configuration start alike.
+        depth: the place of the layer in its model, from 0 (first) to almost 1 (last). The authors start decays and
+            shifts accordingly: early layers forget faster and look further back at the token before. The models of
+            this package fill it in.
 
     Initialisation is that of the authors' code (RWKV-v4neo): keys, receptance and output start at zero, so that a layer
     starts by adding nothing. The paper's text gives the receptance's mix as a product with 0.5, the code, followed

@@ -40,7 +40,7 @@ class RWKV4Channels(SequenceMixer):
     Args:
         d_model: width of input and output.
         d_hidden: width of k; default: 4 d_model, as in the paper.
-        depth: the place of the layer in its model, from 0 (first) to 1 (last), for where the shifts start, as in
+        depth: the place of the layer in its model, from 0 (first) to almost 1 (last), for where the shifts start, as in
             :class:`longscan.mixers.RWKV4`.
 
     Initialisation is that of the authors' code (RWKV-v4neo): receptance and value start at zero, so that a layer starts
