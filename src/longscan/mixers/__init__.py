@@ -43,11 +43,11 @@ MIXERS: dict[str, type[SequenceMixer]] = {
     "rwkv4_channels": RWKV4Channels,
     "h3": H3,
     "hyena": Hyena,
+    "lssl": LSSL,
     "lstm": LSTM,
     "dilated_rnn": DilatedRNN,
     "lmu": LMU,
     "hippo": HiPPO,
-    "lssl": LSSL,
 }
 
 
