@@ -25,6 +25,7 @@ from longscan.nn.mixer import SequenceMixer
 from longscan.nn.storage import load_tensors, save_tensors
 from longscan.tasks.task import Recipe, Task
 from longscan.training.optimizers import clip_gradients, parameter_groups
+from longscan.training.task_schedules import rate_factor, stage_at
 
 logger = logging.getLogger(__name__)
 
@@ -156,8 +157,9 @@ class TaskTrainer:
         self._drops = any(getattr(module, "dropout", 0) for module in model.modules())
         task.to(device)
         model.train()
+        self._stage = stage_at(recipe, task.length, 0)
         with self._own_dropout():
-            self._make_state()
+            self._rehearse()
 
     def _new_optimizer(self) -> tuple[torch.optim.Optimizer, list[tuple[Tensor, float]]]:
         """AdamW, and its learning rates, each with the highest that it takes."""
@@ -184,10 +186,11 @@ class TaskTrainer:
         )
         return optimizer, rates
 
-    def _make_state(self) -> None:
-        """Let the optimiser make its tensors, and a GPU compile and allocate; then all is as before."""
-        before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-        random = self._generator.get_state()
+    def _rehearse(self) -> None:
+        """Do steps and undo them: the optimiser makes its tensors, a GPU compiles and allocates for this stage."""
+        model = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        moments = {id(tensor): tensor.clone() for state in self._optimizer.state.values() for tensor in state.values()}
+        sums, count, random = self._sums.clone(), self._count.clone(), self._generator.get_state()
         if self._captures:
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
@@ -197,12 +200,33 @@ class TaskTrainer:
             torch.cuda.current_stream().wait_stream(side)
         else:
             self._step()
-        self.model.load_state_dict(before)
+        self.model.load_state_dict(model)
         for state in self._optimizer.state.values():
             for tensor in state.values():
-                tensor.zero_()
-        self._sums.zero_()
-        self._count.zero_()
+                if id(tensor) in moments:
+                    tensor.copy_(moments[id(tensor)])
+                else:
+                    tensor.zero_()
+        self._sums.copy_(sums)
+        self._count.copy_(count)
+        self._generator.set_state(random)
+
+    def _enter_stage(self) -> int:
+        """Go over to the lengths that this step is trained at; gives the steps until they change (at least 1)."""
+        stage = stage_at(self.recipe, self.task.length, self.steps_done)
+        if stage != self._stage:
+            self._stage = stage
+            if self._captures:
+                random = self._generator.get_state()
+                self._graph = None
+                self._new_generator(random)
+                with self._own_dropout():
+                    self._rehearse()
+        return stage.ends - self.steps_done if stage.ends is not None else 1 << 62
+
+    def _new_generator(self, random: Tensor) -> None:
+        """One that no graph has registered."""
+        self._generator = torch.Generator(self._device)
         self._generator.set_state(random)
 
     def _step(self) -> None:
@@ -213,9 +237,10 @@ class TaskTrainer:
             factor = rate_factor(recipe, self._count)
             for rate, highest in self._rates:
                 rate.copy_(factor * highest)
-        inputs, targets = self.task.sample(recipe.batch_size, self._generator)
+        length = self._stage.length
+        inputs, targets = self.task.sample(recipe.batch_size * self._stage.batches, self._generator, length)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-            scores = task_scores(self.model, self.task, inputs)
+            scores = task_scores(self.model, self.task, inputs, length)
         loss = self.task.loss(scores, targets)
         loss.backward()
         clip_gradients(self.model.parameters(), recipe.clip)
@@ -233,9 +258,7 @@ class TaskTrainer:
             logger.warning("the step cannot be captured as a CUDA graph, it runs without: %s", error)
             self._captures = False
             self._optimizer.zero_grad(set_to_none=True)
-            # The old one is still the broken graph's.
-            self._generator = torch.Generator(self._device)
-            self._generator.set_state(random)
+            self._new_generator(random)
         else:
             self._graph = graph
 
@@ -245,14 +268,18 @@ class TaskTrainer:
         Raises:
             TrainingError: the loss is no longer a number.
         """
-        if self._captures and self._graph is None:
-            self._capture()
-        run = self._step if self._graph is None else self._graph.replay
         self._sums.zero_()
-        with self._own_dropout():
-            for _ in range(steps):
-                run()
-        self.steps_done += steps
+        left = steps
+        while left:
+            here = min(left, self._enter_stage())
+            if self._captures and self._graph is None:
+                self._capture()
+            run = self._step if self._graph is None else self._graph.replay
+            with self._own_dropout():
+                for _ in range(here):
+                    run()
+            self.steps_done += here
+            left -= here
         loss, *judged = self._sums.tolist()
         if not math.isfinite(loss):
             raise TrainingError(
@@ -318,17 +345,6 @@ class TaskTrainer:
             ) from error
         self.steps_done = int(about.pop("steps"))
         return dict(about)
-
-
-def rate_factor(recipe: Recipe, step: Tensor) -> Tensor:
-    """What the highest learning rate is multiplied with at a step, counted from 1."""
-    rise = (step / recipe.warmup).clamp(max=1) if recipe.warmup else torch.ones_like(step)
-    if recipe.schedule == "constant":
-        return rise
-    left = 1 - ((step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)).clamp(0, 1)
-    if recipe.schedule == "cosine":
-        left = 0.5 - 0.5 * torch.cos(math.pi * left)
-    return rise * (recipe.floor + (1 - recipe.floor) * left)
 
 
 def _copy(target: Tensor, source: Tensor, name: str) -> None:
