@@ -205,7 +205,8 @@ def test_selective_copying_shows_what_the_selection_does(options: Options) -> No
     )
     (options.experiments / "small_heads.toml").write_text(text)
     told(options, only="mamba")
-    assert (options.results / "small_heads" / "selection-paper.png").stat().st_size > 1000
+    for name in ("selection", "states"):
+        assert (options.results / "small_heads" / f"{name}-paper.png").stat().st_size > 1000
 
 
 def test_files_of_earlier_versions_are_read(options: Options) -> None:

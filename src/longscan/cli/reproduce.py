@@ -118,8 +118,8 @@ def run(options: Options, console: Console | None = None) -> int:
             console.print(f"written: {done.result().save(options.results)}")
             selects = settings.task.name == "selective_copying" and system.mixer == "mamba"
             if selects and isinstance(done.model, LanguageModel):
-                path = options.results / settings.name / f"selection-{settings.scale}.png"
-                console.print(f"written: {plot_selection(done.model, settings.task, path)}")
+                for path in plot_selection(done.model, settings.task, options.results / settings.name, settings.scale):
+                    console.print(f"written: {path}")
             if isinstance(settings.task, Waveforms) and isinstance(done.model, Sashimi):
                 path = continue_waveform(done.model, settings.task, done.path.with_name("sample.wav"), options.seed)
                 console.print(f"written: {path}")
