@@ -35,12 +35,20 @@ from longscan.experiments import (
     results_page,
     scales_of,
 )
-from longscan.experiments.report import best_cell, duration, figure_cell, metric_words, result_name
+from longscan.experiments.report import (
+    best_cell,
+    duration,
+    figure_cell,
+    measured_cost,
+    metric_words,
+    result_name,
+)
 from longscan.models import LanguageModel, Sashimi
 from longscan.nn.storage import write_text
 from longscan.plots.experiments import plot_experiment
 from longscan.plots.selection import plot_selection
 from longscan.tasks.audio import Waveforms
+from longscan.tasks.watching import watched
 from longscan.training.tasks import Point
 
 _PUBLISHED = "published.toml"
@@ -184,9 +192,24 @@ def _work(run: Run, stop: Stop, ends: float | None, console: Console) -> bool:
     system, steps, metric = run.system, run.system.recipe.steps, run.settings.task.metric
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     figures = TextColumn("{task.fields[figures]}")
-    said = 0.0
-    with Progress(*columns, figures, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(escape(system.label), total=steps, figures="preparing")
+    said = time.monotonic()
+    bar = Progress(*columns, figures, console=console, disable=not console.is_terminal)
+    task = bar.add_task(escape(system.label), total=steps, figures="preparing")
+    part = bar.add_task("", total=None, visible=False, figures="")
+    within = ""
+
+    def watch(what: str, done: int, whole: int | None) -> None:
+        """Of data being made, and of tests."""
+        nonlocal within, said
+        if what != within:
+            within = what
+            bar.reset(part, description=what, total=whole)
+        bar.update(part, completed=done, visible=done != whole)
+        if not console.is_terminal and time.monotonic() - said > _INTERVAL:
+            said = time.monotonic()
+            console.print(f"{system.label}: {what}, {done:,}{'' if whole is None else f' of {whole:,}'}")
+
+    with bar, watched(watch):
         bar.update(task, completed=run.resume())
 
         def tell(point: Point | None, tested: dict[str, float]) -> None:
@@ -195,7 +218,8 @@ def _work(run: Run, stop: Stop, ends: float | None, console: Console) -> bool:
                 place, text = "tested", _tested(run, tested)
                 bar.update(task, figures=text)
             else:
-                place = f"step {point.step}/{steps}, {duration(run.train_seconds)}"
+                left = run.train_seconds / point.step * (steps - point.step)
+                place = f"step {point.step}/{steps}, {duration(run.train_seconds)}, {duration(left)} left"
                 text = f"loss {point.loss:.4f}  {metric.name} {metric.text(point.figure)}"
                 bar.update(task, completed=point.step, figures=text)
             if not console.is_terminal and (point is None or time.monotonic() - said > _INTERVAL):
@@ -222,13 +246,18 @@ def _list(options: Options) -> Table:
         results = read_results(options.results, name)
         for scale in scales_of(values):
             settings = read_settings(name, values, scale)
-            done = {result.system: result.family or result.system for result in results if result.scale == scale}
+            own = [result for result in results if result.scale == scale]
+            done = {result.system: result.family or result.system for result in own}
+            # What is measured says nothing of systems that are not.
+            known = settings.systems.keys() <= done.keys()
+            costs = [measured_cost(own)] if own else []
+            costs += [] if known else [settings.cost]
             names = escape(", ".join(dict.fromkeys(done.values())))
             first = scale == "paper"
             table.add_row(
                 f"[bold]{name.replace('_', '-')}[/]" if first else escape(settings.title),
                 scale,
-                escape(settings.cost),
+                escape("; ".join(costs)),
                 f"{len(done)} of {len(settings.systems)}{': ' if done else ''}{names}",
                 end_section=not first,
             )

@@ -20,6 +20,7 @@ from longscan.tasks.audio import LEVELS, Waveforms, from_mu_law, mu_law
 from longscan.tasks.finite import FiniteTask, Split
 from longscan.tasks.speech import Saying, speak
 from longscan.tasks.task import ACCURACY, Metric, Recipe
+from longscan.tasks.watching import telling
 from longscan.tasks.windows import fitting
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -61,7 +62,7 @@ class _SpokenDigits(FiniteTask):
             for voice, digit, _ in wanted
         ]
         recordings = np.empty((len(wanted), self.length + self._MORE), np.float32)
-        for recording, said in zip(recordings, speak(sayings, self.rate), strict=True):
+        for recording, said in zip(telling("speaking", recordings), speak(sayings, self.rate), strict=True):
             self._record(said, recording, random)
         # A part at a time: levels are of eight bytes until they are stored.
         levels = torch.cat([mu_law(some).byte() for some in torch.from_numpy(recordings).split(256)]).numpy()
