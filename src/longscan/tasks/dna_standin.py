@@ -21,7 +21,7 @@ from torch import Tensor
 
 from longscan.errors import ArgumentError
 from longscan.ops.jit import kernel
-from longscan.tasks.dna import BASES, DNA_RECIPE, shifted
+from longscan.tasks.dna import BASES, DNA_RECIPE, letters, shifted
 from longscan.tasks.task import PERPLEXITY, Metric, Recipe, Task, uniform
 from longscan.tasks.watching import telling
 from longscan.tasks.windows import NextToken, fitting
@@ -134,6 +134,9 @@ class _Standin(Task):
     @property
     def vocabulary(self) -> int:
         return len(BASES)
+
+    def words(self, tokens: Tensor) -> str:
+        return letters(tokens)
 
     @functools.cached_property
     def _on(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
