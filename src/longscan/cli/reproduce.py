@@ -211,6 +211,7 @@ def _work(run: Run, stop: Stop, ends: float | None, console: Console) -> bool:
 
     with bar, watched(watch):
         bar.update(task, completed=run.resume())
+        begun: list[tuple[float, int]] = []
 
         def tell(point: Point | None, tested: dict[str, float]) -> None:
             nonlocal said
@@ -218,8 +219,8 @@ def _work(run: Run, stop: Stop, ends: float | None, console: Console) -> bool:
                 place, text = "tested", _tested(run, tested)
                 bar.update(task, figures=text)
             else:
-                left = run.train_seconds / point.step * (steps - point.step)
-                place = f"step {point.step}/{steps}, {duration(run.train_seconds)}, {duration(left)} left"
+                begun.append((time.monotonic(), point.step))
+                place = f"step {point.step}/{steps}, {duration(run.train_seconds)}{_left(begun[0], begun[-1], steps)}"
                 text = f"loss {point.loss:.4f}  {metric.name} {metric.text(point.figure)}"
                 bar.update(task, completed=point.step, figures=text)
             if not console.is_terminal and (point is None or time.monotonic() - said > _INTERVAL):
@@ -227,6 +228,12 @@ def _work(run: Run, stop: Stop, ends: float | None, console: Console) -> bool:
                 console.print(f"{system.label}: {place}  {text}")
 
         return run.go_on(lambda: stop() or (ends is not None and time.monotonic() > ends), tell)
+
+
+def _left(first: tuple[float, int], last: tuple[float, int], steps: int) -> str:
+    """Time left, in words, from when steps were done; the first ones take what compilers take."""
+    done = last[1] - first[1]
+    return f", {duration((last[0] - first[0]) / done * (steps - last[1]))} left" if done else ""
 
 
 def _tested(run: Run, figures: dict[str, float]) -> str:
