@@ -243,6 +243,23 @@ def test_checkpoints_of_earlier_versions_go_on(options: Options) -> None:
     assert set(again.figures) == {"16", "32"}
 
 
+def test_enough_at_a_shorter_length_is_not_enough(options: Options) -> None:
+    text = EXPERIMENT.replace("batch_size = 4", "batch_size = 4, lengths = [4, 8], passed = 0.0")
+    (options.experiments / "small_heads.toml").write_text(text)
+    settings = read_settings("small_heads", read_toml(options.experiments / "small_heads.toml"), "paper")
+    # Every figure is enough.
+    settings = dataclasses.replace(settings, until=-1.0)
+    run = Run(settings, settings.systems["mamba"], seed=0, device=torch.device("cpu"), folder=options.runs)
+    run.resume()
+    assert not run.go_on(lambda: True, lambda point, figures: None)
+    assert len(run.curve) == 1
+    again = Run(settings, settings.systems["mamba"], seed=0, device=torch.device("cpu"), folder=options.runs)
+    again.resume()
+    assert not again.trained
+    assert again.go_on(lambda: False, lambda point, figures: None)
+    assert len(again.curve) == 3
+
+
 def test_data_are_where_one_says(options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_digits(tmp_path / "mnist")
     text = EXPERIMENT.replace("induction_heads", "sequential_digits").replace("length = 16, vocab = 6", "length = 16")

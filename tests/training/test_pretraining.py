@@ -27,19 +27,19 @@ def trained(recipe: Recipe, *, device: torch.device = CPU, capture: bool = True)
 
 
 def test_lengths_double_over_stages_of_as_many_steps() -> None:
-    stages = [stage_at(RECIPE, 16, step) for step in range(8)]
+    stages = [stage_at(RECIPE, 16, step, 0) for step in range(8)]
     assert [stage.length for stage in stages] == [4, 4, 4, 8, 8, 8, None, None]
     assert [stage.batches for stage in stages] == [4, 4, 4, 2, 2, 2, 1, 1]
     assert [stage.ends for stage in stages] == [3, 3, 3, 6, 6, 6, None, None]
     uneven = dataclasses.replace(RECIPE, length_warmup=7, shortest=3)
-    lengths = [stage_at(uneven, 16, step).length for step in range(8)]
+    lengths = [stage_at(uneven, 16, step, 0).length for step in range(8)]
     assert lengths == [3, 3, 3, 6, 6, 12, 12, None]
     for step in range(7):
-        ends = stage_at(uneven, 16, step).ends
+        ends = stage_at(uneven, 16, step, 0).ends
         assert ends is not None
-        assert stage_at(uneven, 16, ends - 1).length == lengths[step] != stage_at(uneven, 16, ends).length
-    assert stage_at(dataclasses.replace(RECIPE, shortest=0), 16, 0).length is None
-    assert stage_at(dataclasses.replace(RECIPE, shortest=16), 16, 0).length is None
+        assert stage_at(uneven, 16, ends - 1, 0).length == lengths[step] != stage_at(uneven, 16, ends, 0).length
+    assert stage_at(dataclasses.replace(RECIPE, shortest=0), 16, 0, 0).length is None
+    assert stage_at(dataclasses.replace(RECIPE, shortest=16), 16, 0, 0).length is None
 
 
 def test_batches_keep_their_places(monkeypatch: pytest.MonkeyPatch) -> None:

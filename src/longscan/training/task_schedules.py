@@ -29,25 +29,42 @@ class Stage:
     Args:
         length: of the sequences; None: the task's own.
         batches: how many times as many sequences are in a batch.
-        ends: after so many steps of all training; None: never.
+        carries: whether a batch goes on from the states that the last one ended with.
+        ends: after so many steps of all training; None: not by their number.
+        last: whether there is nothing after it.
     """
 
-    length: int | None
-    batches: int
-    ends: int | None
+    length: int | None = None
+    batches: int = 1
+    carries: bool = False
+    ends: int | None = None
+    last: bool = False
 
 
-def stage_at(recipe: Recipe, length: int, step: int) -> Stage:
-    """The stage that a step, counted from 0, belongs to; lengths double over stages of as many steps each.
+def stages_to_master(recipe: Recipe) -> int:
+    """How many stages end when the figure is good enough."""
+    return len(recipe.lengths) + recipe.carry_state
+
+
+def stage_at(recipe: Recipe, length: int, step: int, mastered: int) -> Stage:
+    """The stage that a step belongs to.
+
+    Lengths double over stages of as many steps each, or are ``recipe.lengths`` until each is mastered; then comes the
+    task's own, without states carried and, once that is mastered, with them.
 
     Args:
         length: the task's own.
+        step: counted from 0.
+        mastered: how many of :func:`stages_to_master` are done with.
     """
     if recipe.shortest and recipe.shortest < length:
         doublings = math.ceil(math.log2(length / recipe.shortest))
-        stage = step * doublings // max(doublings, recipe.length_warmup)
-        if stage < doublings:
-            shorter = recipe.shortest << stage
-            ends = -(-(stage + 1) * max(doublings, recipe.length_warmup) // doublings)
-            return Stage(shorter, length // shorter, ends)
-    return Stage(None, 1, None)
+        steps = max(doublings, recipe.length_warmup)
+        doubled = step * doublings // steps
+        if doubled < doublings:
+            shorter = recipe.shortest << doubled
+            return Stage(shorter, length // shorter, ends=-(-(doubled + 1) * steps // doublings))
+    if mastered < len(recipe.lengths):
+        return Stage(recipe.lengths[mastered])
+    last = mastered >= stages_to_master(recipe)
+    return Stage(carries=recipe.carry_state and last, last=last)

@@ -24,8 +24,10 @@ from longscan.models.matching import match
 from longscan.nn.mixer import SequenceMixer
 from longscan.nn.storage import load_tensors, save_tensors
 from longscan.tasks.task import Recipe, Task
+from longscan.training.carried import CarriedStates
+from longscan.training.objectives import log_cross_entropy
 from longscan.training.optimizers import clip_gradients, parameter_groups
-from longscan.training.task_schedules import rate_factor, stage_at
+from longscan.training.task_schedules import rate_factor, stage_at, stages_to_master
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +146,8 @@ class TaskTrainer:
     ) -> None:
         self.task, self.model, self.recipe = task, model, recipe
         self.steps_done = 0
+        # How many of the recipe's easier stages are mastered: shorter lengths, then its own without states carried.
+        self._mastered = 0
         self._device, self._seed = device, seed
         self._generator = torch.Generator(device).manual_seed(seed)
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
@@ -155,9 +159,10 @@ class TaskTrainer:
         mixers = (module for module in model.modules() if isinstance(module, SequenceMixer))
         self._captures = capture and device.type == "cuda" and all(mixer.capturable for mixer in mixers)
         self._drops = any(getattr(module, "dropout", 0) for module in model.modules())
+        self._carried = self._new_carried()
         task.to(device)
         model.train()
-        self._stage = stage_at(recipe, task.length, 0)
+        self._stage = stage_at(recipe, task.length, 0, 0)
         with self._own_dropout():
             self._rehearse()
 
@@ -180,17 +185,29 @@ class TaskTrainer:
         optimizer = torch.optim.AdamW(
             groups,
             betas=(recipe.betas[0], recipe.betas[1]),
+            eps=recipe.eps,
             fused=fused,
             foreach=False if not fused and not cuda else None,
             capturable=cuda,
         )
         return optimizer, rates
 
+    def _new_carried(self) -> CarriedStates | None:
+        recipe = self.recipe
+        if not recipe.carry_state:
+            return None
+        if not isinstance(self.model, LanguageModel):
+            raise ConfigError(
+                f"carry_state: only a language model's states are carried, not a {type(self.model).__name__}'s"
+            )
+        return CarriedStates(self.model, recipe.batch_size, recipe.steps, self._generator)
+
     def _rehearse(self) -> None:
         """Do steps and undo them: the optimiser makes its tensors, a GPU compiles and allocates for this stage."""
         model = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         moments = {id(tensor): tensor.clone() for state in self._optimizer.state.values() for tensor in state.values()}
-        sums, count, random = self._sums.clone(), self._count.clone(), self._generator.get_state()
+        rest = [(tensor, tensor.clone()) for tensor in (self._sums, self._count, *self._kept())]
+        random = self._generator.get_state()
         if self._captures:
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
@@ -207,13 +224,13 @@ class TaskTrainer:
                     tensor.copy_(moments[id(tensor)])
                 else:
                     tensor.zero_()
-        self._sums.copy_(sums)
-        self._count.copy_(count)
+        for tensor, before in rest:
+            tensor.copy_(before)
         self._generator.set_state(random)
 
     def _enter_stage(self) -> int:
-        """Go over to the lengths that this step is trained at; gives the steps until they change (at least 1)."""
-        stage = stage_at(self.recipe, self.task.length, self.steps_done)
+        """Go over to the stage that this step is of; gives the steps until it ends (at least 1)."""
+        stage = stage_at(self.recipe, self.task.length, self.steps_done, self._mastered)
         if stage != self._stage:
             self._stage = stage
             if self._captures:
@@ -228,6 +245,8 @@ class TaskTrainer:
         """One that no graph has registered."""
         self._generator = torch.Generator(self._device)
         self._generator.set_state(random)
+        if self._carried is not None:
+            self._carried.generator = self._generator
 
     def _step(self) -> None:
         recipe = self.recipe
@@ -237,15 +256,25 @@ class TaskTrainer:
             factor = rate_factor(recipe, self._count)
             for rate, highest in self._rates:
                 rate.copy_(factor * highest)
-        length = self._stage.length
-        inputs, targets = self.task.sample(recipe.batch_size * self._stage.batches, self._generator, length)
+        stage = self._stage
+        inputs, targets = self.task.sample(recipe.batch_size * stage.batches, self._generator, stage.length)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-            scores = task_scores(self.model, self.task, inputs, length)
+            scores = self._scores(inputs)
         loss = self.task.loss(scores, targets)
-        loss.backward()
+        lowered = log_cross_entropy(scores, targets) if recipe.objective == "log-loss" else loss
+        lowered.backward()
         clip_gradients(self.model.parameters(), recipe.clip)
         self._optimizer.step()
         self._sums += torch.stack([loss.detach(), *self.task.judge(scores.detach(), targets)])
+
+    def _scores(self, inputs: Tensor) -> Tensor:
+        if self._carried is None or not self._stage.carries:
+            return task_scores(self.model, self.task, inputs, self._stage.length)
+        assert isinstance(self.model, LanguageModel)
+        return self.model.head(self._carried.read(inputs)[:, -self.task.answers() :])
+
+    def _kept(self) -> list[Tensor]:
+        return [] if self._carried is None else self._carried.tensors
 
     def _capture(self) -> None:
         graph, random = torch.cuda.CUDAGraph(), self._generator.get_state()
@@ -261,6 +290,11 @@ class TaskTrainer:
             self._new_generator(random)
         else:
             self._graph = graph
+
+    @property
+    def at_last_stage(self) -> bool:
+        """Whether all that the recipe puts first, such as shorter lengths, is done with."""
+        return stage_at(self.recipe, self.task.length, self.steps_done, self._mastered).last
 
     def advance(self, steps: int) -> Point:
         """Do ``steps`` steps.
@@ -285,7 +319,12 @@ class TaskTrainer:
             raise TrainingError(
                 f"before step {self.steps_done}: the loss is {loss / steps}; lower learning_rate or lengthen warmup"
             )
-        return Point(self.steps_done, loss / steps, self.task.metric.score(*judged))
+        point = Point(self.steps_done, loss / steps, self.task.metric.score(*judged))
+        if self._mastered < stages_to_master(self.recipe) and self.task.metric.reaches(
+            point.figure, self.recipe.passed
+        ):
+            self._mastered += 1
+        return point
 
     @contextlib.contextmanager
     def _own_dropout(self) -> Iterator[None]:
@@ -317,8 +356,9 @@ class TaskTrainer:
             for key, tensor in state.items():
                 tensors[f"optimizer/{key}/{self._names[parameter]}"] = tensor
         tensors |= {f"buffer/{name}": tensor for name, tensor in self._buffers().items()}
+        tensors |= {f"carried/{index}": tensor for index, tensor in enumerate(self._kept())}
         tensors |= {"count": self._count, "generator": self._generator.get_state()}
-        metadata = {"longscan.synthetic": json.dumps({"steps": self.steps_done, **about})}
+        metadata = {"longscan.synthetic": json.dumps({"steps": self.steps_done, "mastered": self._mastered, **about})}
         return save_tensors(path, tensors, metadata)
 
     def load(self, path: Path) -> dict[str, Any]:
@@ -335,6 +375,8 @@ class TaskTrainer:
                 self._count.copy_(tensors["count"])
                 for name, tensor in self._buffers().items():
                     _copy(tensor, tensors[f"buffer/{name}"], name)
+                for index, tensor in enumerate(self._kept()):
+                    _copy(tensor, tensors[f"carried/{index}"], "the carried state")
                 for parameter, name in self._names.items():
                     _copy(parameter, tensors[f"model/{name}"], name)
                     for key, tensor in self._optimizer.state[parameter].items():
@@ -344,6 +386,7 @@ class TaskTrainer:
                 f"{path} is of another model, task or kind of device ({error}); remove it to start afresh"
             ) from error
         self.steps_done = int(about.pop("steps"))
+        self._mastered = int(about.pop("mastered", 0))
         return dict(about)
 
 
