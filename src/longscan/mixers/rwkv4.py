@@ -37,6 +37,9 @@ from longscan.ops import linear_scan
 # The peak of an empty past: far below any key, and finite, so that differences of peaks are numbers.
 _NOTHING = -1e38
 
+# Steps of a stretch of the running peak.
+_STRETCH = 16
+
 
 @dataclasses.dataclass(frozen=True)
 class RWKV4State(State):
@@ -49,8 +52,8 @@ class RWKV4State(State):
 class RWKV4(SequenceMixer):
     """RWKV-4's time mixing: ``y, _ = RWKV4(d_model=256)(x)``.
 
-    The two sums are linear scans. The peak is found in two levels: all stretches of about sqrt(length) steps side by
-    side, then the stretches in turn, so that the number of operations in a row grows with the root of the length.
+    The two sums are linear scans. The peak is found level by level: within stretches of 16 steps side by side, then
+    over the stretches as if they were steps, so that the operations in a row grow with the logarithm of the length.
 
     Args:
         d_model: width.
@@ -202,23 +205,19 @@ def _in_a_row(earlier: Tensor, later: Tensor, fall: Tensor) -> Tensor:
     return torch.cat((sums, peak[:, None]), dim=1)
 
 
-def _stretches(length: int) -> tuple[int, int]:
-    """Number and length of stretches that hold ``length`` steps, about as many as they are long."""
-    inner = math.isqrt(length - 1) + 1
-    return -(-length // inner), inner
-
-
 def _running_peak(w: Tensor, k: Tensor, first: Tensor) -> Tensor:
     """``m_t = max(m_{t-1} - w, k_t)`` of k (batch, length, channels) from ``first`` (batch, channels)."""
-    outer, inner = _stretches(k.shape[1])
-    grid = F.pad(k, (0, 0, 0, outer * inner - k.shape[1]), value=_NOTHING).unflatten(1, (outer, inner))
+    batch, length, channels = k.shape
+    inner = min(length, _STRETCH)
+    outer = -(-length // inner)
+    grid = F.pad(k, (0, 0, 0, outer * inner - length), value=_NOTHING).unflatten(1, (outer, inner))
     within = [grid[:, :, 0]]
     for step in range(1, inner):
         within.append(torch.maximum(within[-1] - w, grid[:, :, step]))
-    entering = [first]
-    for stretch in range(outer - 1):
-        entering.append(torch.maximum(entering[-1] - inner * w, within[-1][:, stretch]))
-    faded = (
-        torch.stack(entering, 1)[:, :, None] - w * torch.arange(1, inner + 1, device=k.device, dtype=k.dtype)[:, None]
-    )
-    return torch.maximum(torch.stack(within, 2), faded).flatten(1, 2)[:, : k.shape[1]]
+    entering = first[:, None]
+    if outer > 1:
+        # From stretch to stretch it is the same recurrence, with w times as large.
+        entering = torch.cat((entering, _running_peak(inner * w, within[-1][:, :-1], first)), dim=1)
+    fall = w * torch.arange(1, inner + 1, device=k.device, dtype=k.dtype)[:, None]
+    peak = torch.maximum(torch.stack(within, 2), entering[:, :, None] - fall)
+    return peak.reshape(batch, outer * inner, channels)[:, :length]
