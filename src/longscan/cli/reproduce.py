@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,7 +16,7 @@ import tyro
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from longscan.cli.config import read_toml
@@ -123,13 +124,9 @@ def run(options: Options, console: Console | None = None) -> int:
             if not _work(done, stop, ends, console):
                 console.print("stopped, all is saved; the same command goes on")
                 return 128 + (stop.signal or signal.SIGINT) if stop() else 0
-            console.print(f"written: {done.result().save(options.results)}")
-            selects = settings.task.name == "selective_copying" and system.mixer == "mamba"
-            if selects and isinstance(done.model, LanguageModel):
-                for path in plot_selection(done.model, settings.task, options.results / settings.name, settings.scale):
-                    console.print(f"written: {path}")
-            if isinstance(settings.task, Waveforms) and isinstance(done.model, Sashimi):
-                path = continue_waveform(done.model, settings.task, done.path.with_name("sample.wav"), options.seed)
+            with _bar(console, system.label):
+                written = [done.result().save(options.results), *_beside(done, options)]
+            for path in written:
                 console.print(f"written: {path}")
     results = read_results(options.results, settings.name)
     own = [result for result in results if result.scale == settings.scale]
@@ -137,6 +134,17 @@ def run(options: Options, console: Console | None = None) -> int:
     for path in plot_experiment(results, published, options.results):
         console.print(f"written: {path}")
     return 0
+
+
+def _beside(done: Run, options: Options) -> list[Path]:
+    """What there is to look at or to listen to."""
+    settings, model = done.settings, done.model
+    selects = settings.task.name == "selective_copying" and done.system.mixer == "mamba"
+    if selects and isinstance(model, LanguageModel):
+        return plot_selection(model, settings.task, options.results / settings.name, settings.scale)
+    if isinstance(settings.task, Waveforms) and isinstance(model, Sashimi):
+        return [continue_waveform(model, settings.task, done.path.with_name("sample.wav"), options.seed)]
+    return []
 
 
 def _device(name: str) -> str:
@@ -190,26 +198,9 @@ def _names_in(flag: str, experiment: str, given: str | None, *known: Sequence[st
 def _work(run: Run, stop: Stop, ends: float | None, console: Console) -> bool:
     """Train and test one system, showing how far it is; False if it was stopped."""
     system, steps, metric = run.system, run.system.recipe.steps, run.settings.task.metric
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    figures = TextColumn("{task.fields[figures]}")
     said = time.monotonic()
-    bar = Progress(*columns, figures, console=console, disable=not console.is_terminal)
-    task = bar.add_task(escape(system.label), total=steps, figures="preparing")
-    part = bar.add_task("", total=None, visible=False, figures="")
-    within = ""
-
-    def watch(what: str, done: int, whole: int | None) -> None:
-        """Of data being made, and of tests."""
-        nonlocal within, said
-        if what != within:
-            within = what
-            bar.reset(part, description=what, total=whole)
-        bar.update(part, completed=done, visible=done != whole)
-        if not console.is_terminal and time.monotonic() - said > _INTERVAL:
-            said = time.monotonic()
-            console.print(f"{system.label}: {what}, {done:,}{'' if whole is None else f' of {whole:,}'}")
-
-    with bar, watched(watch):
+    with _bar(console, system.label) as bar:
+        task = bar.add_task(escape(system.label), total=steps, figures="preparing")
         bar.update(task, completed=run.resume())
         begun: list[tuple[float, int]] = []
 
@@ -228,6 +219,28 @@ def _work(run: Run, stop: Stop, ends: float | None, console: Console) -> bool:
                 console.print(f"{system.label}: {place}  {text}")
 
         return run.go_on(lambda: stop() or (ends is not None and time.monotonic() > ends), tell)
+
+
+@contextlib.contextmanager
+def _bar(console: Console, label: str) -> Iterator[Progress]:
+    """A bar for training, and below it one for what is told meanwhile: of data being made, and of tests."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    figures = TextColumn("{task.fields[figures]}")
+    bar = Progress(*columns, figures, console=console, disable=not console.is_terminal)
+    parts: dict[str, TaskID] = {}
+    said = time.monotonic()
+
+    def watch(what: str, done: int, whole: int | None) -> None:
+        nonlocal said
+        if what not in parts:
+            parts[what] = bar.add_task(what, total=whole, figures="")
+        bar.update(parts[what], completed=done, visible=done != whole)
+        if not console.is_terminal and time.monotonic() - said > _INTERVAL:
+            said = time.monotonic()
+            console.print(f"{label}: {what}, {done:,}{'' if whole is None else f' of {whole:,}'}")
+
+    with bar, watched(watch):
+        yield bar
 
 
 def _left(first: tuple[float, int], last: tuple[float, int], steps: int) -> str:

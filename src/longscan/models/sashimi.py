@@ -15,7 +15,7 @@ Every stage may be cut anywhere: what waits for a group of p to fill up is part 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -232,7 +232,15 @@ class Sashimi(StoredModel):
         return F.cross_entropy(scores.float().flatten(0, 1), targets.long().flatten())
 
     @torch.no_grad()
-    def generate(self, prompt: Tensor, length: int, *, temperature: float = 1.0, seed: int | None = None) -> Tensor:
+    def generate(
+        self,
+        prompt: Tensor,
+        length: int,
+        *,
+        temperature: float = 1.0,
+        seed: int | None = None,
+        begun: Callable[[int], None] | None = None,
+    ) -> Tensor:
         """Go on from a prompt, sample by sample.
 
         Args:
@@ -240,6 +248,7 @@ class Sashimi(StoredModel):
             length: how many to make.
             temperature: 0 takes the likeliest.
             seed: of the drawing.
+            begun: called before each new sample with how many there are.
 
         Returns:
             (batch, length) int64 new samples.
@@ -254,6 +263,8 @@ class Sashimi(StoredModel):
         scores, state = self(prompt, self.initial_state(len(prompt)))
         made: list[Tensor] = []
         while len(made) < length:
+            if begun is not None:
+                begun(len(made))
             last = scores[:, -1].float()
             if temperature:
                 sample = torch.multinomial(torch.softmax(last / temperature, -1), 1, generator=generator)

@@ -160,7 +160,8 @@ class TaskTrainer:
         self._captures = capture and device.type == "cuda" and all(mixer.capturable for mixer in mixers)
         self._drops = any(getattr(module, "dropout", 0) for module in model.modules())
         self._carried = self._new_carried()
-        task.to(device)
+        # Of a GPU its number, too, which the draws will come with.
+        task.to(self._generator.device)
         model.train()
         self._stage = stage_at(recipe, task.length, 0, 0)
         with self._own_dropout():
