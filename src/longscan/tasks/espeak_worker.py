@@ -44,6 +44,8 @@ def _main(library: str, data: str) -> None:
         text, voice, pitch, speed = json.loads(line)
         if espeak.espeak_SetVoiceByName(voice.encode()):
             sys.exit(f"eSpeak NG has no voice {voice!r}")
+        # Else of the time.
+        espeak.espeak_ng_SetRandSeed(ctypes.c_long(1))
         espeak.espeak_SetParameter(_PITCH, pitch, 0)
         espeak.espeak_SetParameter(_RATE, speed, 0)
         words = text.encode()
