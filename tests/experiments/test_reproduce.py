@@ -210,6 +210,12 @@ def test_selective_copying_shows_what_the_selection_does(options: Options) -> No
         assert (options.results / "small_heads" / f"{name}-paper.png").stat().st_size > 1000
 
 
+def test_induction_heads_show_what_is_remembered(options: Options) -> None:
+    told(options, only="mamba")
+    assert (options.results / "small_heads" / "memory-mamba-paper.png").stat().st_size > 10_000
+    assert "way of its own" not in results_page(read_results(options.results), {})
+
+
 def test_files_of_earlier_versions_are_read(options: Options) -> None:
     told(options, only="mamba")
     (new,) = read_results(options.results)
@@ -258,6 +264,7 @@ def test_enough_at_a_shorter_length_is_not_enough(options: Options) -> None:
     assert not again.trained
     assert again.go_on(lambda: False, lambda point, figures: None)
     assert len(again.curve) == 3
+    assert "Mamba: lengths 4, 8 first." in results_page([again.result()], {})
 
 
 def test_data_are_where_one_says(options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

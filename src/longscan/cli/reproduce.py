@@ -47,8 +47,10 @@ from longscan.experiments.report import (
 from longscan.models import LanguageModel, Sashimi
 from longscan.nn.storage import write_text
 from longscan.plots.experiments import plot_experiment
+from longscan.plots.memory import plot_memory
 from longscan.plots.selection import plot_selection
 from longscan.tasks.audio import Waveforms
+from longscan.tasks.induction_heads import InductionHeads
 from longscan.tasks.watching import watched
 from longscan.training.tasks import Point
 
@@ -139,9 +141,12 @@ def run(options: Options, console: Console | None = None) -> int:
 def _beside(done: Run, options: Options) -> list[Path]:
     """What there is to look at or to listen to."""
     settings, model = done.settings, done.model
-    selects = settings.task.name == "selective_copying" and done.system.mixer == "mamba"
-    if selects and isinstance(model, LanguageModel):
-        return plot_selection(model, settings.task, options.results / settings.name, settings.scale)
+    folder = options.results / settings.name
+    if isinstance(model, LanguageModel) and done.system.mixer == "mamba":
+        if settings.task.name == "selective_copying":
+            return plot_selection(model, settings.task, folder, settings.scale)
+        if isinstance(settings.task, InductionHeads):
+            return [plot_memory(model, settings.task, folder / f"memory-{done.system.name}-{settings.scale}.png")]
     if isinstance(settings.task, Waveforms) and isinstance(model, Sashimi):
         return [continue_waveform(model, settings.task, done.path.with_name("sample.wav"), options.seed)]
     return []
