@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -121,7 +121,7 @@ def test_two_processes_do_not_train_one_run(place: Path, run: Path) -> None:
 
 
 @pytest.mark.soak
-def test_a_hundred_kills(place: Path) -> None:
+def test_a_hundred_kills(place: Path, countdown: Callable[[Iterable[int], int], Iterator[int]]) -> None:
     """Of one process or of the whole run, at random moments; then one or two go on."""
     kills = int(os.environ.get("LONGSCAN_KILLS", "100"))
     moments = random.Random(int(os.environ.get("LONGSCAN_SEED", "0")))
@@ -130,7 +130,7 @@ def test_a_hundred_kills(place: Path) -> None:
     code, out, error = call(place, *train("reference", *more, steps=steps))
     assert code == 0, out + error
     run, arguments = place / "runs" / "hundred", train("hundred", *more, steps=steps)
-    for kill in range(kills):
+    for kill in countdown(range(kills), kills):
         process = start(place, *arguments)
         done = len(metrics(run)) if run.is_dir() and (run / "metrics.jsonl").is_file() else 0
         if kill == 0 or moments.random() < 0.8:  # else while it starts

@@ -5,7 +5,7 @@ A handful of calls an operator here; ``-m soak`` draws 10,000 in all.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -27,6 +27,8 @@ from longscan.ops.selective_scan import cases as scan
 from longscan.ops.vandermonde import cases as vandermonde
 from tests.ops.agreement import TOLERANCE, assert_close, in_float64, outputs_and_gradients
 
+#: From so many calls on they are other ones every time, and it is shown how long they will take.
+LONG = 100
 #: Rounded to so much, sums over a whole drawn call still agree.
 WIDER = 3
 
@@ -160,14 +162,17 @@ def agrees(subject: Subject, case: Any, backend: str, dtype: torch.dtype, seed: 
     [(name, 6) for name in SUBJECTS]
     + [pytest.param(name, -(-10_000 // len(SUBJECTS)), marks=pytest.mark.soak) for name in SUBJECTS],
 )
-def test_drawn_calls_agree_with_the_definition(name: str, examples: int) -> None:
+def test_drawn_calls_agree_with_the_definition(
+    name: str, examples: int, countdown: Callable[[Iterable[int], int], Iterator[int]]
+) -> None:
     subject = SUBJECTS[name]
+    calls = countdown(range(examples), examples) if examples >= LONG else iter(range(examples))
 
     # A wrong answer shrinks slowly and says enough as it is. The few calls of every day are the same ones each time.
     @settings(
         max_examples=examples, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck),
         database=None, print_blob=True,
-        derandomize=examples < 100,
+        derandomize=examples < LONG,
     )  # fmt: skip
     @given(
         case=subject.drawn,
@@ -176,6 +181,9 @@ def test_drawn_calls_agree_with_the_definition(name: str, examples: int) -> None
         seed=st.integers(0, 2**31),
     )
     def check(case: Any, backend: str, dtype: torch.dtype, seed: int) -> None:
+        next(calls, None)
         agrees(subject, case, backend, dtype, seed)
 
     check()
+    # The bar ends with its items.
+    list(calls)

@@ -114,7 +114,9 @@ class Display:
             said = now
             progress.update(tasks[what], completed=done, total=whole, amount=f"{done / 1e6:,.1f} M")
 
-        with Progress(*columns, TimeElapsedColumn(), console=self.console) as progress:
+        with Progress(
+            *columns, TimeElapsedColumn(), TimeRemainingColumn(compact=True), console=self.console
+        ) as progress:
             yield tell
 
     def stepped(self, row: dict[str, Any]) -> None:
