@@ -160,7 +160,7 @@ def test_prompts_of_every_form() -> None:
         ([[1], []], "prompt 1 must hold at least one token"),
         (torch.ones(0, 3, dtype=torch.int64), "at least one prompt"),
         (torch.ones(2, 0, dtype=torch.int64), "prompt 0 must hold at least one token"),
-        ([[1], [2, 13]], r"0 \.\. 12.*got 13"),
+        ([[1], [2, 13]], r"prompt 1 must lie in 0 \.\. 12.*got 13"),
         ([[-1]], "got -1"),
         ([[1.5]], "integer"),
         ("text", "encode"),
@@ -178,6 +178,10 @@ def test_options_that_make_no_sense() -> None:
     model = make()
     with pytest.raises(ArgumentError, match="max_new_tokens"):
         model.generate([1], 0)
+    with pytest.raises(ArgumentError, match="max_new_tokens must be an integer"):
+        model.generate([1], 2.5)
+    with pytest.raises(ArgumentError, match="stop_tokens must be token ids"):
+        model.generate([1], 2, stop_tokens="a")
     with pytest.raises(ArgumentError, match="prefill_chunk"):
         model.generate([1], 1, prefill_chunk=0)
     with pytest.raises(ArgumentError, match="2 sequences, there are 1 prompts"):
