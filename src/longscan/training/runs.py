@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -45,8 +46,10 @@ def create_run(root: Path, name: str, config: dict[str, Any], *, exact: bool = F
                     try:
                         os.rename(building, folder)
                         return folder
-                    except FileExistsError:
-                        pass
+                    except OSError as error:
+                        # Another process was faster; a folder that is not empty is an error of its own kind.
+                        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                            raise
                 if exact:
                     raise ConfigError(
                         f"name: {folder} exists; go on with it by --resume {folder}, or take another name"
