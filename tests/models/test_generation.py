@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -149,7 +150,10 @@ def test_stop_strings() -> None:
 def test_prompts_of_every_form() -> None:
     model = make()
     expected = model.generate([[1, 2]], 3, temperature=0).tokens
-    for prompts in ([1, 2], torch.tensor([1, 2]), torch.tensor([[1, 2]]), [torch.tensor([1, 2])], (1, 2)):
+    forms = [1, 2], (1, 2), torch.tensor([1, 2]), torch.tensor([[1, 2]]), [torch.tensor([1, 2])]
+    # What tokenizers here give.
+    arrays = np.array([1, 2], dtype=np.uint8), [np.array([1, 2], dtype=np.uint32)]
+    for prompts in (*forms, *arrays):
         assert model.generate(prompts, 3, temperature=0).tokens == expected
 
 

@@ -262,7 +262,7 @@ def _rows(prompts: Prompts, vocab_size: int, device: torch.device) -> list[Tenso
             raise ArgumentError(f"prompts must be (length,) or (batch, length), got shape {tuple(prompts.shape)}")
         rows = list(prompts[None] if prompts.dim() == 1 else prompts)
     else:
-        flat = len(prompts) > 0 and all(isinstance(item, int) for item in prompts)
+        flat = len(prompts) > 0 and all(isinstance(item, Integral) for item in prompts)
         rows = [_row(item, index) for index, item in enumerate([prompts] if flat else prompts)]
     if not rows:
         raise ArgumentError("prompts is empty: there must be at least one prompt")
