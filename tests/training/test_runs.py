@@ -46,6 +46,7 @@ def test_a_place_where_nothing_can_be_made(tmp_path: Path) -> None:
         (None, "is not a run of `longscan train`: config.json"),
         ("{", "is not a run"),
         ('{"model": {}}', "it lacks what `longscan train` writes"),
+        ('{"format": 1, "text": {}, "model": {"n_layr": 2}, "training": {}}', "config.json: .*did you mean 'n_layer'"),
         ('{"format": 99, "text": {}, "model": {}, "training": {}}', "has format 99, this version reads 1"),
     ],
 )

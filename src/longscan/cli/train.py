@@ -30,6 +30,8 @@ def run(options: Options) -> int:
         raise ConfigError(
             f"nproc must be at least 1 and max_restarts not negative, got {options.nproc} and {options.max_restarts}"
         )
+    if options.sample < 0:
+        raise ConfigError(f"sample must not be negative, got {options.sample}")
     if options.nproc > 1 and "WORLD_SIZE" not in os.environ:
         from longscan.cli.launch import launch
 
@@ -77,9 +79,12 @@ class Job:
         from longscan.models import LanguageModel, LanguageModelConfig
         from longscan.tasks.text import prepare
         from longscan.training import Batches, Stepper, create_run, read_run
+        from longscan.training.runs import check_name
 
         self._rejoin()
         options, display = self._options, self._display
+        if options.resume is None:
+            check_name(options.name)  # before the work, not after it
         # The first process builds the corpus, the others find it in the cache; each compares its share of the files.
         share = (self._ranks.rank, self._ranks.size)
         for turn in (True, False):
