@@ -21,7 +21,7 @@ AXES = "batch,length,d_model"
 _PHASES = ("forward", "forward and backward")
 
 #: Seconds of a pass above which a mixer is not run at a length any more, judging by the one before it.
-_LONGEST_PASS = {"cpu": 1.0, "cuda": 5.0}
+_LONGEST_PASS = {"cpu": 1.0, "cuda": 1.0}
 
 #: Seconds for the passes at one length.
 _BUDGET = {"cpu": 0.1, "cuda": 1.0}

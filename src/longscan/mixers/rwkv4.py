@@ -12,9 +12,8 @@ before (the token shift), w > 0 the decay and u the bonus of the present token:
 Keys are exponents, so numerator and denominator are kept relative to e^m, with the running peak
 :math:`m_t = \max(m_{t-1} - w, k_t)`: no exponential is ever above 1, and the sums never vanish.
 
-The paper's block puts its channel mixing, :math:`\sigma(r') \odot W_v \max(k', 0)^2` with a token shift of its own,
-behind this layer, and layer norms in front of both. :class:`longscan.LanguageModel` has RMS norms and, with
-``d_intermediate``, a gated MLP without the shift in its place.
+The paper's block puts its channel mixing (:mod:`longscan.mixers.rwkv4_channels`), behind this layer, and layer norms in
+front of both: ``LanguageModelConfig(mixer=("rwkv4", "rwkv4_channels"))`` is that, with RMS norms.
 """
 
 from __future__ import annotations
@@ -37,6 +36,9 @@ from longscan.ops import linear_scan
 # The peak of an empty past: far below any key, and finite, so that differences of peaks are numbers.
 _NOTHING = -1e38
 
+# Steps of a stretch of the running peak.
+_STRETCH = 16
+
 
 @dataclasses.dataclass(frozen=True)
 class RWKV4State(State):
@@ -49,14 +51,14 @@ class RWKV4State(State):
 class RWKV4(SequenceMixer):
     """RWKV-4's time mixing: ``y, _ = RWKV4(d_model=256)(x)``.
 
-    The two sums are linear scans. The peak is found in two levels: all stretches of about sqrt(length) steps side by
-    side, then the stretches in turn, so that the number of operations in a row grows with the root of the length.
+    The two sums are linear scans. The peak is found level by level: within stretches of 16 steps side by side, then
+    over the stretches as if they were steps, so that the operations in a row grow with the logarithm of the length.
 
     Args:
         d_model: width.
-        depth: the place of the layer in its model, from 0 (first) to 1 (last). The authors start decays and shifts
-            accordingly: early layers forget faster and look further back at the token before. Mixers do not know their
-            place, so all layers of one configuration start alike.
+        depth: the place of the layer in its model, from 0 (first) to almost 1 (last). The authors start decays and
+            shifts accordingly: early layers forget faster and look further back at the token before. The models of
+            this package fill it in.
 
     Initialisation is that of the authors' code (RWKV-v4neo): keys, receptance and output start at zero, so that a layer
     starts by adding nothing. The paper's text gives the receptance's mix as a product with 0.5, the code, followed
@@ -202,23 +204,19 @@ def _in_a_row(earlier: Tensor, later: Tensor, fall: Tensor) -> Tensor:
     return torch.cat((sums, peak[:, None]), dim=1)
 
 
-def _stretches(length: int) -> tuple[int, int]:
-    """Number and length of stretches that hold ``length`` steps, about as many as they are long."""
-    inner = math.isqrt(length - 1) + 1
-    return -(-length // inner), inner
-
-
 def _running_peak(w: Tensor, k: Tensor, first: Tensor) -> Tensor:
     """``m_t = max(m_{t-1} - w, k_t)`` of k (batch, length, channels) from ``first`` (batch, channels)."""
-    outer, inner = _stretches(k.shape[1])
-    grid = F.pad(k, (0, 0, 0, outer * inner - k.shape[1]), value=_NOTHING).unflatten(1, (outer, inner))
+    batch, length, channels = k.shape
+    inner = min(length, _STRETCH)
+    outer = -(-length // inner)
+    grid = F.pad(k, (0, 0, 0, outer * inner - length), value=_NOTHING).unflatten(1, (outer, inner))
     within = [grid[:, :, 0]]
     for step in range(1, inner):
         within.append(torch.maximum(within[-1] - w, grid[:, :, step]))
-    entering = [first]
-    for stretch in range(outer - 1):
-        entering.append(torch.maximum(entering[-1] - inner * w, within[-1][:, stretch]))
-    faded = (
-        torch.stack(entering, 1)[:, :, None] - w * torch.arange(1, inner + 1, device=k.device, dtype=k.dtype)[:, None]
-    )
-    return torch.maximum(torch.stack(within, 2), faded).flatten(1, 2)[:, : k.shape[1]]
+    entering = first[:, None]
+    if outer > 1:
+        # From stretch to stretch it is the same recurrence, with w times as large.
+        entering = torch.cat((entering, _running_peak(inner * w, within[-1][:, :-1], first)), dim=1)
+    fall = w * torch.arange(1, inner + 1, device=k.device, dtype=k.dtype)[:, None]
+    peak = torch.maximum(torch.stack(within, 2), entering[:, :, None] - fall)
+    return peak.reshape(batch, outer * inner, channels)[:, :length]

@@ -16,6 +16,9 @@ CELLS = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN_TANH"}
 
 _NAMES = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
 
+# Steps of one call: cuDNN takes fewer than 65,536.
+_LONGEST = 32768
+
 
 class Recurrence(nn.Module):
     """One layer of LSTM, GRU or tanh RNN.
@@ -64,6 +67,16 @@ class Recurrence(nn.Module):
         Returns:
             The hidden states (batch, length, d_hidden) in x's dtype, and the state after each row's length.
         """
+        if x.shape[1] <= _LONGEST:
+            return self._walk(x, state, lengths)
+        outputs = []
+        for piece in x.split(_LONGEST, dim=1):
+            y, state = self._walk(piece, state, None if lengths is None else lengths.clamp(max=piece.shape[1]))
+            outputs.append(y)
+            lengths = None if lengths is None else (lengths - piece.shape[1]).clamp(min=0)
+        return torch.cat(outputs, dim=1), state
+
+    def _walk(self, x: Tensor, state: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         weights = [getattr(self.cell, name) for name in _NAMES[: 4 if self.cell.bias else 2]]
         # cuDNN's and PyTorch's kernels want one dtype, the weights'.
         with torch.autocast(x.device.type, enabled=False):
