@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from numbers import Real
 from typing import Any
 
 import torch
@@ -99,7 +98,7 @@ class Mamba(SequenceMixer):
         if dt_init not in ("random", "constant"):
             raise ArgumentError(f'dt_init must be "random" or "constant", got {dt_init!r}')
         check_sizes(d_model=d_model, d_state=d_state, d_conv=d_conv)
-        if not isinstance(expand, Real) or not 1 <= d_model * expand < math.inf:
+        if not isinstance(expand, (int, float)) or not 1 <= d_model * expand < math.inf:
             raise ArgumentError(f"expand must be a number, and expand * d_model at least 1; got {expand!r}")
         if selection_norm_eps is not None and not selection_norm_eps > 0:
             raise ArgumentError(f"selection_norm_eps must be a positive number or None, got {selection_norm_eps!r}")

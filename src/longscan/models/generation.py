@@ -271,8 +271,9 @@ def _rows(prompts: Prompts, vocab_size: int, device: torch.device) -> list[Tenso
             raise ArgumentError(f"prompt {index} must hold at least one token, got shape {tuple(row.shape)}")
         if row.dtype.is_floating_point or row.dtype.is_complex or row.dtype == torch.bool:
             raise ArgumentError(f"prompt {index} must hold integer token ids, got {row.dtype}")
-        check_vocabulary(row, vocab_size, f"the tokens of prompt {index}")
-    return [row.to(device=device, dtype=torch.int64) for row in rows]
+        rows[index] = row.to(torch.int64)
+        check_vocabulary(rows[index], vocab_size, f"the tokens of prompt {index}")
+    return [row.to(device) for row in rows]
 
 
 def _row(item: object, index: int) -> Tensor:
