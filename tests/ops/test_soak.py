@@ -1,11 +1,13 @@
 """Operators on calls drawn at random, every fast backend against the float64 definition: outputs and all gradients.
 
-A handful of calls an operator here; ``-m soak`` draws 10,000 in all.
+A handful of calls an operator here; ``-m soak`` draws 10,000 in all, which LONGSCAN_RECORD records
+(:mod:`tests.soak`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -26,6 +28,7 @@ from longscan.ops.long_conv import cases as long
 from longscan.ops.selective_scan import cases as scan
 from longscan.ops.vandermonde import cases as vandermonde
 from tests.ops.agreement import TOLERANCE, assert_close, in_float64, outputs_and_gradients
+from tests.soak import record
 
 #: Rounded to so much, sums over a whole drawn call still agree.
 WIDER = 3
@@ -155,19 +158,29 @@ def agrees(subject: Subject, case: Any, backend: str, dtype: torch.dtype, seed: 
     assert_close(ours, truth, WIDER * TOLERANCE[dtype])
 
 
+@pytest.fixture(scope="module")
+def soaked() -> Iterator[dict[str, Any]]:
+    """What the soak finds, by operator."""
+    found: dict[str, Any] = {}
+    yield found
+    if found:
+        cases, disagreements = (sum(each[key] for each in found.values()) for key in ("cases", "disagreements"))
+        record("operators", {"cases": cases, "disagreements": disagreements, "operators": found})
+
+
 @pytest.mark.parametrize(
     ("name", "examples"),
     [(name, 6) for name in SUBJECTS]
     + [pytest.param(name, -(-10_000 // len(SUBJECTS)), marks=pytest.mark.soak) for name in SUBJECTS],
 )
-def test_drawn_calls_agree_with_the_definition(name: str, examples: int) -> None:
-    subject = SUBJECTS[name]
+def test_drawn_calls_agree_with_the_definition(name: str, examples: int, soaked: dict[str, Any]) -> None:
+    subject, daily = SUBJECTS[name], examples < 100
+    cases, disagreements, begin = 0, [], time.perf_counter()
 
-    # A wrong answer shrinks slowly and says enough as it is. The few calls of every day are the same ones each time.
+    # One wrong answer does not end the search for others. The few calls of every day are the same ones each time.
     @settings(
         max_examples=examples, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck),
-        database=None, print_blob=True,
-        derandomize=examples < 100,
+        database=None, derandomize=daily,
     )  # fmt: skip
     @given(
         case=subject.drawn,
@@ -176,6 +189,18 @@ def test_drawn_calls_agree_with_the_definition(name: str, examples: int) -> None
         seed=st.integers(0, 2**31),
     )
     def check(case: Any, backend: str, dtype: torch.dtype, seed: int) -> None:
-        agrees(subject, case, backend, dtype, seed)
+        nonlocal cases
+        cases += 1
+        try:
+            agrees(subject, case, backend, dtype, seed)
+        except AssertionError as error:
+            disagreements.append(f"{case}, {backend}, {dtype}, seed {seed}: {error}")
 
     check()
+    if not daily:
+        seconds = round(time.perf_counter() - begin, 1)
+        soaked[name] = {
+            "cases": cases, "disagreements": len(disagreements), "seconds": seconds, "which": disagreements[:5],
+        }  # fmt: skip
+    assert cases >= examples, "too few calls were drawn"
+    assert not disagreements, "\n\n".join(disagreements[:5])
