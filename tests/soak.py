@@ -12,10 +12,19 @@ from longscan import diagnostics
 from longscan.nn.storage import write_text
 
 
-def record(name: str, found: dict[str, Any]) -> None:
-    """Write figures with the machine, versions and commit to NAME.json of the folder; nothing if none is named."""
+def recorded() -> Path | None:
+    """The folder; None if none is named."""
     folder = os.environ.get("LONGSCAN_RECORD")
     if not folder:
+        return None
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return Path(folder)
+
+
+def record(name: str, found: dict[str, Any]) -> None:
+    """Write figures with the machine, versions and commit to NAME.json of the folder; nothing if none is named."""
+    folder = recorded()
+    if folder is None:
         return
     about = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -23,5 +32,4 @@ def record(name: str, found: dict[str, Any]) -> None:
         "machine": diagnostics.describe_machine(),
         "versions": diagnostics.versions(),
     }
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    write_text(Path(folder) / f"{name}.json", json.dumps(found | about, indent=2) + "\n")
+    write_text(folder / f"{name}.json", json.dumps(found | about, indent=2) + "\n")

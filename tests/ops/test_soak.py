@@ -1,11 +1,11 @@
 """Operators on calls drawn at random, every fast backend against the float64 definition: outputs and all gradients.
 
-A handful of calls an operator here; ``-m soak`` draws 10,000 in all, which LONGSCAN_RECORD records
-(:mod:`tests.soak`).
+A handful of calls an operator here; ``-m soak`` draws LONGSCAN_CASES in all, 10,000 unless told, from LONGSCAN_SEED.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -30,6 +30,8 @@ from longscan.ops.vandermonde import cases as vandermonde
 from tests.ops.agreement import TOLERANCE, assert_close, in_float64, outputs_and_gradients
 from tests.soak import record
 
+CASES, SEED = (int(os.environ.get(f"LONGSCAN_{name}", default)) for name, default in (("CASES", 10_000), ("SEED", 0)))
+DAILY = 6
 #: Rounded to so much, sums over a whole drawn call still agree.
 WIDER = 3
 
@@ -165,36 +167,37 @@ def soaked() -> Iterator[dict[str, Any]]:
     yield found
     if found:
         cases, disagreements = (sum(each[key] for each in found.values()) for key in ("cases", "disagreements"))
-        record("operators", {"cases": cases, "disagreements": disagreements, "operators": found})
+        record("operators", {"cases": cases, "disagreements": disagreements, "seed": SEED, "operators": found})
 
 
 @pytest.mark.parametrize(
     ("name", "examples"),
-    [(name, 6) for name in SUBJECTS]
-    + [pytest.param(name, -(-10_000 // len(SUBJECTS)), marks=pytest.mark.soak) for name in SUBJECTS],
+    [(name, DAILY) for name in SUBJECTS]
+    + [pytest.param(name, -(-CASES // len(SUBJECTS)), marks=pytest.mark.soak) for name in SUBJECTS],
 )
 def test_drawn_calls_agree_with_the_definition(name: str, examples: int, soaked: dict[str, Any]) -> None:
-    subject, daily = SUBJECTS[name], examples < 100
+    subject, daily = SUBJECTS[name], examples == DAILY
     cases, disagreements, begin = 0, [], time.perf_counter()
 
-    # One wrong answer does not end the search for others. The few calls of every day are the same ones each time.
+    # One wrong answer does not end the search for others.
+    @seed(SEED)
     @settings(
         max_examples=examples, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck),
-        database=None, derandomize=daily,
+        database=None,
     )  # fmt: skip
     @given(
         case=subject.drawn,
         backend=st.sampled_from(subject.backends),
         dtype=st.sampled_from(subject.dtypes),
-        seed=st.integers(0, 2**31),
+        numbers=st.integers(0, 2**31),
     )
-    def check(case: Any, backend: str, dtype: torch.dtype, seed: int) -> None:
+    def check(case: Any, backend: str, dtype: torch.dtype, numbers: int) -> None:
         nonlocal cases
         cases += 1
         try:
-            agrees(subject, case, backend, dtype, seed)
+            agrees(subject, case, backend, dtype, numbers)
         except AssertionError as error:
-            disagreements.append(f"{case}, {backend}, {dtype}, seed {seed}: {error}")
+            disagreements.append(f"{case}, {backend}, {dtype}, seed {numbers}: {error}")
 
     check()
     if not daily:
