@@ -20,7 +20,8 @@ from tests.training.helpers import history, make_trainer
 SHAPE = LanguageModelConfig(d_model=64, n_layer=2, vocab_size=32, d_intermediate=96)
 ENDLESS = TrainConfig(
     steps=10**9, batch_size=4, sequence_length=128, accumulate=2, carry_state=True, optimizer="muon",
-    schedule="constant", warmup=0.0, learning_rate=1e-3, leave_out_bad_steps=True, recompute=True, evaluations=0, checkpoint_minutes=0.05,
+    schedule="constant", warmup=0.0, learning_rate=1e-3, leave_out_bad_steps=True, recompute=True, evaluations=0,
+    checkpoint_minutes=0.05,
 )  # fmt: skip
 
 
@@ -73,11 +74,11 @@ def generate_until(over: Watch, model: LanguageModel) -> int:
     drawn, made = random.Random(0), 0
     last, state = [0], None
     while not over():
-        stream = model.generate([last], 500, state=state, seed=made, temperature=0.8, top_p=0.95)
+        stream = model.generate([last], 100, state=state, seed=made, temperature=0.8, top_p=0.95)
         last, state = stream.pending[0], stream.state
-        prompts = [[drawn.randrange(32) for _ in range(drawn.randrange(1, 3000))] for _ in range(drawn.randrange(1, 5))]
+        prompts = [[drawn.randrange(32) for _ in range(drawn.randrange(1, 1000))] for _ in range(drawn.randrange(1, 5))]
         batch = model.generate(prompts, 50, seed=made, repetition_penalty=1.1)
-        made += 500 + sum(map(len, batch.tokens))
+        made += 100 + sum(map(len, batch.tokens))
         for _ in zip(range(100), model.stream(last, None, seed=made), strict=False):  # left before its end
             made += 1
     return made
