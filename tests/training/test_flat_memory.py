@@ -14,7 +14,7 @@ import pytest
 
 from longscan.models import LanguageModel, LanguageModelConfig
 from longscan.training import TrainConfig
-from tests.soak import record, recorded
+from tests.soak import folder, record
 from tests.training.helpers import history, make_trainer
 
 SHAPE = LanguageModelConfig(d_model=64, n_layer=2, vocab_size=32, d_intermediate=96)
@@ -62,9 +62,9 @@ def test_memory_is_flat(tmp_path: Path) -> None:
     for name, each in watches.items():
         found[name] = {"grown_bytes": each.growth(), "seconds_and_bytes": each.samples}
     record("memory", found)
-    folder = recorded()
-    if folder is not None:
-        draw(watches, folder / "memory.png")
+    place = folder()
+    if place is not None:
+        draw(watches, place / "memory.png")
     for name, each in watches.items():
         assert each.growth() < 0.01 * each.samples[0][1], name
 
