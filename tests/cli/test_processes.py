@@ -54,11 +54,22 @@ def wait_until_gone(processes: list[int]) -> None:
     wait_for(lambda: not any(Path(f"/proc/{process}").exists() for process in processes))
 
 
-def test_a_killed_process_is_started_anew_and_a_killed_run_goes_on(place: Path) -> None:
+@pytest.fixture(scope="module")
+def whole(place: Path) -> Path:
+    """The folder of a run that nothing happened to."""
     code, out, error = call(place, *train("whole"))
     assert code == 0, out + error
-    run = place / "runs" / "killed"
-    launcher = start(place, *train("killed", "--nproc", "2", "--max-restarts", "1"))
+    return place / "runs" / "whole"
+
+
+@pytest.mark.parametrize("way", ["nproc", pytest.param("torchrun", marks=pytest.mark.soak)])
+def test_a_killed_process_is_started_anew_and_a_killed_run_goes_on(place: Path, whole: Path, way: str) -> None:
+    run = place / "runs" / f"killed-by-{way}"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    if way == "nproc":
+        launcher = start(place, *train(run.name, "--nproc", "2", "--max-restarts", "1"))
+    else:
+        launcher = start(place, *train(run.name), python=[*torchrun, "-m", "longscan"])
     try:
         wait_for_step(run, 8, launcher)
         first = children(launcher.pid)
@@ -70,15 +81,15 @@ def test_a_killed_process_is_started_anew_and_a_killed_run_goes_on(place: Path) 
     finally:
         launcher.kill()
         out, error = launcher.communicate()
-    assert "started anew: going on with runs/killed" in out, out + error
+    assert f"started anew: going on with runs/{run.name}" in out, out + error
     wait_until_gone(second)  # its processes go with the launcher: none is left to write into the run
     assert 30 <= len(metrics(run)) < STEPS
     model, _ = load_run(run, "cpu")  # of the newest shards
     assert model.config.d_model == 16
-    code, out, error = call(place, "train", "--resume", "runs/killed", "--nproc", "1", "--sample", "0")
+    code, out, error = call(place, "train", "--resume", f"runs/{run.name}", "--nproc", "1", "--sample", "0")
     assert code == 0, out + error
-    assert_same_run(run, place / "runs" / "whole")
-    assert not (place / "runs" / "killed-2").exists()
+    assert_same_run(run, whole)
+    assert not (place / "runs" / f"{run.name}-2").exists()
 
 
 def assert_same_run(found: Path, expected: Path) -> None:

@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from longscan.nn.storage import load_tensors
+from longscan.tasks.bpe import learn_bpe
+from longscan.tasks.sources import open_source
 from tests.models.small import make
 
 FALCON: dict[str, Any] = {"mixer_options": {"selection_norm_eps": 1e-6}}
@@ -77,3 +79,18 @@ def test_what_engines_read(changes: dict[str, Any], tmp_path: Path) -> None:
     tensors, _ = load_tensors(Path(folder) / "model.safetensors")
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == expected
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+
+def test_a_runs_tokenizer_is_read_beside_the_model(tmp_path: Path) -> None:
+    """As docs/scaling.md has it: tokenizer.json alone, next to the configuration."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("tokenizers")
+    text, folder = tmp_path / "text", tmp_path / "model"
+    text.write_text("def double(x):\n    return 2 * x\n" * 99)
+    tokenizer = learn_bpe("bpe:280", open_source(str(text)), held_out=0.2, cache=tmp_path)
+    make(vocab_size=tokenizer.vocab_size).save_pretrained(folder, format="transformers")
+    tokenizer.save(folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(str(folder))
+    words = "def double(x): return x"
+    assert theirs(words).input_ids == tokenizer.encode(words.encode()).tolist()
+    assert theirs.decode(theirs(words).input_ids) == words
