@@ -91,7 +91,7 @@ def draw(watches: dict[str, Watch], path: Path) -> None:
     panel = figure.subplots()
     for name, watch in watches.items():
         panel.plot([each[0] / 60 for each in watch.samples], [each[1] / 1e6 for each in watch.samples], label=name)
-    panel.set_ylim(bottom=0)
+    panel.set_ylim(0, 1.2 * max(each[1] for watch in watches.values() for each in watch.samples) / 1e6)
     panel.set_xlabel("minutes")
     panel.set_ylabel("resident memory, MB")
     panel.grid(alpha=0.3)
