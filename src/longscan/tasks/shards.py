@@ -134,7 +134,7 @@ class Tokens:
             return  # the map outlives the name
         if now.st_ino == before.st_ino and now.st_size < before.st_size:
             raise DataError(
-                f"the shard {path} was cut short while it was read: {now.st_size} of {before.st_size} bytes"
+                f"the shard {path} was cut short meanwhile: {now.st_size} of {before.st_size} bytes are left"
             )
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
