@@ -13,14 +13,19 @@ if TYPE_CHECKING:
         LSSL,
         LSTM,
         RWKV4,
+        S4,
         S4D,
+        S5,
+        S6,
         Attention,
         DilatedRNN,
         HiPPO,
         Hyena,
         LinearAttention,
         Mamba,
+        Mamba2,
         RetNet,
+        RWKV4Channels,
     )
     from longscan.models import LanguageModel, LanguageModelConfig
     from longscan.nn import SequenceMixer, State
@@ -42,9 +47,14 @@ _EXPORTS = {
     "LanguageModelConfig": "longscan.models",
     "LinearAttention": "longscan.mixers",
     "Mamba": "longscan.mixers",
+    "Mamba2": "longscan.mixers",
     "RWKV4": "longscan.mixers",
+    "RWKV4Channels": "longscan.mixers",
     "RetNet": "longscan.mixers",
+    "S4": "longscan.mixers",
     "S4D": "longscan.mixers",
+    "S5": "longscan.mixers",
+    "S6": "longscan.mixers",
     "SequenceMixer": "longscan.nn",
     "State": "longscan.nn",
     "causal_conv1d": "longscan.ops",
@@ -58,7 +68,10 @@ __all__ = [
     "LSSL",
     "LSTM",
     "RWKV4",
+    "S4",
     "S4D",
+    "S5",
+    "S6",
     "Attention",
     "DilatedRNN",
     "HiPPO",
@@ -67,6 +80,8 @@ __all__ = [
     "LanguageModelConfig",
     "LinearAttention",
     "Mamba",
+    "Mamba2",
+    "RWKV4Channels",
     "RetNet",
     "SequenceMixer",
     "State",
@@ -89,5 +104,9 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-if os.environ.get("LONGSCAN_MAMBA_SSM"):
-    importlib.import_module("longscan.integrations.mamba_ssm.install").enable_from_environment()
+for _variable, _module in (
+    ("LONGSCAN_MAMBA_SSM", "longscan.integrations.mamba_ssm.install"),
+    ("LONGSCAN_TRANSFORMERS", "longscan.integrations.transformers"),
+):
+    if os.environ.get(_variable):
+        importlib.import_module(_module).enable_from_environment()

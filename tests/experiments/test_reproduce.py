@@ -208,6 +208,12 @@ def test_selective_copying_shows_what_the_selection_does(options: Options) -> No
     assert (options.results / "small_heads" / "selection-paper.png").stat().st_size > 1000
 
 
+def test_induction_heads_show_what_is_remembered(options: Options) -> None:
+    told(options, only="mamba")
+    assert (options.results / "small_heads" / "memory-mamba-paper.png").stat().st_size > 10_000
+    assert "way of its own" not in results_page(read_results(options.results), {})
+
+
 def test_files_of_earlier_versions_are_read(options: Options) -> None:
     told(options, only="mamba")
     (new,) = read_results(options.results)
@@ -239,6 +245,24 @@ def test_checkpoints_of_earlier_versions_go_on(options: Options) -> None:
     assert again.resume() == 4
     assert again.go_on(lambda: False, lambda point, figures: None)
     assert set(again.figures) == {"16", "32"}
+
+
+def test_enough_at_a_shorter_length_is_not_enough(options: Options) -> None:
+    text = EXPERIMENT.replace("batch_size = 4", "batch_size = 4, lengths = [4, 8], passed = 0.0")
+    (options.experiments / "small_heads.toml").write_text(text)
+    settings = read_settings("small_heads", read_toml(options.experiments / "small_heads.toml"), "paper")
+    # Every figure is enough.
+    settings = dataclasses.replace(settings, until=-1.0)
+    run = Run(settings, settings.systems["mamba"], seed=0, device=torch.device("cpu"), folder=options.runs)
+    run.resume()
+    assert not run.go_on(lambda: True, lambda point, figures: None)
+    assert len(run.curve) == 1
+    again = Run(settings, settings.systems["mamba"], seed=0, device=torch.device("cpu"), folder=options.runs)
+    again.resume()
+    assert not again.trained
+    assert again.go_on(lambda: False, lambda point, figures: None)
+    assert len(again.curve) == 3
+    assert "Mamba: lengths 4, 8 first." in results_page([again.result()], {})
 
 
 def test_data_are_where_one_says(options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

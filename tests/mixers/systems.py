@@ -40,6 +40,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "retnet": ("retnet", {"n_heads": 2}),
     "retnet-paper": ("retnet", {"n_heads": 2, "gamma": "paper", "expand": 1}),
     "rwkv4": ("rwkv4", {}),
+    "rwkv4-channels": ("rwkv4_channels", {"d_hidden": 12}),
     "h3": ("h3", {"d_state": 4}),
     "h3-heads": ("h3", {"d_state": 2, "d_shift": 3, "head_dim": 4, "discretisation": "bilinear", "bias": False}),
     "hyena": ("hyena", {"filter_width": 6}),

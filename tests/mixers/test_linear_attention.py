@@ -29,6 +29,19 @@ def test_the_state_is_one_matrix_a_head() -> None:
     assert mixer.state_bytes(3, 10**6) == 3 * 128 * 65 * 4
 
 
+@torch.no_grad()
+def test_a_million_steps() -> None:
+    """Sums of 2^20 terms in float32 are those of float64, and the state stays as large as they are."""
+    torch.manual_seed(0)
+    mixer = LinearAttention(2)
+    exact = LinearAttention(2).double()
+    exact.load_state_dict(mixer.state_dict())
+    x = torch.randn(1, 2**20, 2)
+    y, state = mixer(x, mixer.initial_state(1))
+    torch.testing.assert_close(y.double(), exact(x.double())[0], rtol=0, atol=1e-5)
+    assert 2**18 < state.memory[..., -1].amax() < 2**24
+
+
 @pytest.mark.parametrize("options", [{"n_heads": 3}, {"n_heads": 0}, {"eps": 0.0}])
 def test_options_that_make_no_sense(options: dict[str, float]) -> None:
     with pytest.raises(ArgumentError):

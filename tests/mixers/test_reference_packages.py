@@ -1,11 +1,13 @@
 """The same weights in, the same numbers out as what others put on PyPI.
 
-``pip install --no-deps s5-pytorch torchscale``; without one, its test is skipped. Transformers' models are in
-tests/models/test_agreement.py.
+rwkv and s5-pytorch are of the development environment; ``pip install --no-deps torchscale`` is for the third. Passed
+with rwkv 0.8.32, s5-pytorch 0.2.1 and torchscale 0.3.0. Transformers' models are in tests/models/test_agreement.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,8 +15,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.backends import cudnn
+from torch.backends.cuda import matmul
 
-from longscan.mixers import S5, RetNet
+from longscan.mixers import RWKV4, S5, RetNet, RWKV4Channels
 
 
 @pytest.mark.parametrize("discretisation", ["zoh", "bilinear"])
@@ -78,3 +82,47 @@ def test_retnet_is_torchscale() -> None:
         at = (turn[0][t], turn[1][t])
         y = theirs(x[:, t : t + 1], (at, log_decay.exp()), incremental_state=memory)
         torch.testing.assert_close(y[:, 0], expected[:, t], rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def _precision_kept() -> Iterator[None]:
+    """What importing rwkv changes, which allows TF32 everywhere."""
+    before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
+    yield
+    cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+@pytest.mark.usefixtures("_precision_kept")
+@torch.no_grad()
+def test_rwkv_is_the_authors_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole RWKV-4 of two layers, read by its authors' package from a file as they write it."""
+    for flag in ("RWKV_JIT_ON", "RWKV_CUDA_ON", "RWKV_V7_ON"):
+        monkeypatch.setenv(flag, "0")
+    package = pytest.importorskip("rwkv.model")
+    torch.manual_seed(0)
+    width, tokens = 8, torch.randint(11, (9,)).tolist()
+    weights = {"emb.weight": torch.randn(11, width), "head.weight": torch.randn(11, width)}
+    norms = {name: nn.LayerNorm(width) for name in ("blocks.0.ln0", "ln_out")}
+    mixers: dict[str, Any] = {}
+    for layer in range(2):
+        norms |= {f"blocks.{layer}.ln{n}": nn.LayerNorm(width) for n in (1, 2)}
+        mixers |= {f"blocks.{layer}.att": RWKV4(width), f"blocks.{layer}.ffn": RWKV4Channels(width)}
+    for prefix, module in (norms | mixers).items():
+        for name, parameter in module.named_parameters():
+            parameter += 0.5 * torch.randn_like(parameter)
+            weights[f"{prefix}.{name}"] = parameter.view(1, 1, width) if "time_mix" in name else parameter
+    # Copies: the reader changes what it has read in place.
+    torch.save({name: tensor.detach().clone() for name, tensor in weights.items()}, tmp_path / "model.pth")
+    theirs = package.RWKV(model=str(tmp_path / "model"), strategy="cpu fp32", verbose=False)
+
+    x = norms["blocks.0.ln0"](weights["emb.weight"][tokens])[None]
+    for layer in range(2):
+        x = x + mixers[f"blocks.{layer}.att"](norms[f"blocks.{layer}.ln1"](x))[0]
+        x = x + mixers[f"blocks.{layer}.ffn"](norms[f"blocks.{layer}.ln2"](x))[0]
+    expected = F.linear(norms["ln_out"](x), weights["head.weight"])[0]
+    state = None
+    for place, token in enumerate(tokens):
+        logits, state = theirs.forward([token], state)
+        torch.testing.assert_close(logits, expected[place], rtol=1e-4, atol=1e-4)
+    logits, _ = theirs.forward(tokens, None)
+    torch.testing.assert_close(logits, expected[-1], rtol=1e-4, atol=1e-4)

@@ -45,6 +45,20 @@ def test_positions_are_relative() -> None:
     assert mixer(x, late)[1].lengths.tolist() == [1006]
 
 
+@torch.no_grad()
+def test_a_million_steps() -> None:
+    """gamma^-n, which quotients of decays would be made of, is e^33000 by then. What is left is the last stretch's."""
+    torch.manual_seed(0)
+    mixer = RetNet(2, n_heads=1, expand=1)
+    x = torch.randn(1, 2**20, 2)
+    y, state = mixer(x, mixer.initial_state(1))
+    alone, own = mixer(x[:, -4096:], mixer.initial_state(1))
+    torch.testing.assert_close(y[:, -512:], alone[:, -512:], rtol=0, atol=1e-4)
+    # Of keys that have turned on, the state is another one, but as large.
+    torch.testing.assert_close(state.memory.norm(), own.memory.norm(), rtol=1e-4, atol=0)
+    assert state.lengths.tolist() == [2**20]
+
+
 def test_scales_of_a_head_are_normalised_away() -> None:
     """So the paper's normalisations of decays and states change nothing."""
     mixer = RetNet(8, n_heads=2, norm_eps=1e-20).double()

@@ -1,4 +1,4 @@
-"""RWKV-4: against Transformers' own, keys of any size, and the authors' initialisation."""
+"""RWKV-4: both its mixings against Transformers' own, keys of any size, and the authors' initialisation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from longscan.errors import ArgumentError
-from longscan.mixers import RWKV4
+from longscan.mixers import RWKV4, RWKV4Channels
 from longscan.mixers.rwkv4 import weighted_average
 
 
@@ -140,6 +140,45 @@ def test_it_starts_as_the_authors_code() -> None:
     torch.testing.assert_close(RWKV4(4, depth=0.5).time_mix_v.detach(), (torch.arange(4) / 4) ** 0.5 + 0.15)
 
 
+def test_channel_mixing_is_transformers() -> None:
+    from transformers import RwkvConfig
+    from transformers.models.rwkv.modeling_rwkv import RwkvFeedForward
+
+    torch.manual_seed(0)
+    theirs = RwkvFeedForward(RwkvConfig(hidden_size=8, intermediate_size=20, num_hidden_layers=1, vocab_size=10))
+    ours = RWKV4Channels(8, d_hidden=20)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            parameter.copy_(0.5 * torch.randn_like(parameter))
+            own = name.replace("time_mix_key", "time_mix_k").replace("time_mix_receptance", "time_mix_r")
+            ours.get_parameter(own).copy_(parameter.squeeze())
+    x = torch.randn(3, 11, 8, requires_grad=True)
+    y, expected = ours(x)[0], theirs(x)[0]
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    weights = torch.randn_like(y)
+    given = [x, ours.time_mix_k, ours.time_mix_r]
+    for one, other in zip(
+        torch.autograd.grad((y * weights).sum(), given),
+        torch.autograd.grad((expected * weights).sum(), [x, theirs.time_mix_key, theirs.time_mix_receptance]),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other.view_as(one), rtol=1e-4, atol=1e-5)
+
+
+def test_channel_mixing_starts_as_the_authors_code() -> None:
+    mixer = RWKV4Channels(8, depth=0.5)
+    for mix in (mixer.time_mix_k, mixer.time_mix_r):
+        torch.testing.assert_close(mix.detach(), (torch.arange(8) / 8) ** 0.5)
+    for layer in (mixer.receptance, mixer.value):
+        assert not layer.weight.any()
+    key = mixer.key.weight.detach()
+    torch.testing.assert_close(key.T @ key, 4 * torch.eye(8), rtol=0, atol=1e-5)
+    assert not RWKV4Channels(8)(torch.randn(1, 3, 8))[0].any()
+
+
 def test_options_that_make_no_sense() -> None:
-    with pytest.raises(ArgumentError, match="depth"):
-        RWKV4(8, depth=1.5)
+    for mixer in (RWKV4, RWKV4Channels):
+        with pytest.raises(ArgumentError, match="depth"):
+            mixer(8, depth=1.5)
+    with pytest.raises(ArgumentError, match="d_hidden"):
+        RWKV4Channels(8, d_hidden=0)

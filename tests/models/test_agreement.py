@@ -1,4 +1,4 @@
-"""The same weights in, the same numbers out as Transformers' own models: Llama whole, and RWKV around our time mixing.
+"""The same weights in, the same numbers out as Transformers' own models: Llama whole, and RWKV around our two mixers.
 
 Mamba, Falcon Mamba and Mamba-2 are in test_formats: their files are read and written.
 """
@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from longscan.mixers import RWKV4
+from longscan.mixers import RWKV4, RWKV4Channels
 from longscan.mixers.rwkv4 import RWKV4State
+from longscan.mixers.rwkv4_channels import RWKV4ChannelsState
 from longscan.models import LanguageModel, LanguageModelConfig
 
 transformers = pytest.importorskip("transformers")
@@ -86,16 +87,20 @@ def test_a_transformer_is_llama(n_kv_heads: int) -> None:
     assert ours.generate(TOKENS[0].tolist(), 8, temperature=0).tokens[0] == generated[0, TOKENS.shape[1] :].tolist()
 
 
+def with_weights_of(theirs: nn.Module, ours: Any) -> Any:
+    names = {"time_mix_key": "time_mix_k", "time_mix_value": "time_mix_v", "time_mix_receptance": "time_mix_r"}
+    weights = {names.get(name, name): tensor for name, tensor in theirs.state_dict().items()}
+    ours.load_state_dict({name: tensor.view_as(ours.get_parameter(name)) for name, tensor in weights.items()})
+    return ours
+
+
 class TimeMixing(nn.Module):
     """Ours under the calling convention of Transformers' RwkvSelfAttention, whose states are (..., layer)."""
 
     def __init__(self, theirs: Any) -> None:
         super().__init__()
         self.layer, width = theirs.layer_id, theirs.config.hidden_size
-        self.ours = RWKV4(width)
-        names = {"time_mix_key": "time_mix_k", "time_mix_value": "time_mix_v", "time_mix_receptance": "time_mix_r"}
-        weights = {names.get(name, name): tensor for name, tensor in theirs.state_dict().items()}
-        self.ours.load_state_dict({name: t.view_as(self.ours.get_parameter(name)) for name, t in weights.items()})
+        self.ours = with_weights_of(theirs, RWKV4(width))
 
     def forward(self, hidden: Tensor, state: Any = None, use_cache: bool = False) -> tuple[Tensor, Any]:
         before = None
@@ -109,14 +114,30 @@ class TimeMixing(nn.Module):
         return y, state
 
 
-def test_rwkv_is_the_same_around_our_time_mixing() -> None:
+class ChannelMixing(nn.Module):
+    """The same of RwkvFeedForward."""
+
+    def __init__(self, theirs: Any) -> None:
+        super().__init__()
+        self.layer = theirs.layer_id
+        self.ours = with_weights_of(theirs, RWKV4Channels(theirs.config.hidden_size))
+
+    def forward(self, hidden: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        before = None if state is None else RWKV4ChannelsState(state[0][:, None, :, self.layer])
+        y, after = self.ours(hidden, before)
+        if after is not None:
+            state[0][:, :, self.layer] = after.last[:, 0]
+        return y, state
+
+
+def test_rwkv_is_the_same_around_our_time_and_channel_mixing() -> None:
     config = transformers.RwkvConfig(vocab_size=29, hidden_size=16, num_hidden_layers=3, rescale_every=0)
     theirs = randomise(transformers.RwkvForCausalLM(config))
     with torch.no_grad():
         first = theirs(TOKENS[:, :11], use_cache=True)
         expected = torch.cat((first.logits, theirs(TOKENS[:, 11:], state=first.state, use_cache=True).logits), dim=1)
     for block in theirs.rwkv.blocks:
-        block.attention = TimeMixing(block.attention)
+        block.attention, block.feed_forward = TimeMixing(block.attention), ChannelMixing(block.feed_forward)
     with torch.no_grad():
         torch.testing.assert_close(theirs(TOKENS, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
         first = theirs(TOKENS[:, :11], use_cache=True)

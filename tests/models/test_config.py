@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from longscan.errors import ConfigError
+from longscan.mixers import RWKV4, RWKV4Channels
 from longscan.models import PRESETS, LanguageModel, LanguageModelConfig
 
 MIXED = LanguageModelConfig(
@@ -30,6 +31,21 @@ def test_mixers_cycle_over_layers() -> None:
     assert [MIXED.mixer_of(layer) for layer in range(3)] == ["mamba", "attention", "mamba"]
     assert MIXED.options_of("attention") == {"n_heads": 2}
     assert MIXED.options_of("mamba") == {}
+
+
+def test_layers_that_start_by_their_place_are_told() -> None:
+    """RWKV-4's blocks are two layers each."""
+    config = LanguageModelConfig(8, 4, 11, ("rwkv4", "rwkv4_channels"), {"rwkv4_channels": {"depth": 0.25}})
+    mixers = [block.mixer for block in LanguageModel(config).backbone.blocks]
+    for mixer, expected in zip(
+        mixers,
+        (RWKV4(8, depth=0), RWKV4Channels(8, depth=0.25), RWKV4(8, depth=0.5), RWKV4Channels(8, depth=0.25)),
+        strict=True,
+    ):
+        starts = [name for name, _ in expected.named_parameters() if name.startswith("time_")]
+        assert starts
+        for name in starts:
+            assert torch.equal(mixer.get_parameter(name), expected.get_parameter(name))
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,39 @@ def test_the_released_layout_of_mamba2(tmp_path: Path) -> None:
     assert torch.equal(again(TOKENS)[0], model(TOKENS)[0])
 
 
+def test_the_released_falcon(tmp_path: Path) -> None:
+    """As the files of tiiuae/falcon-mamba-7b are: an `expand` that its own inner width contradicts, no epsilon."""
+    model = make(**FALCON, tie_embeddings=False, pad_vocab_size_multiple=1)
+    folder = model.save_pretrained(tmp_path, format="transformers")
+    values = json.loads((folder / "config.json").read_text())
+    del values["mixer_rms_eps"], values["unpadded_vocab_size"], values["pad_vocab_size_multiple"]
+    (folder / "config.json").write_text(json.dumps({**values, "expand": 16, "intermediate_size": 32}))
+    again = LanguageModel.from_pretrained(folder)
+    assert again.config.mixer_options["expand"] == 2
+    assert torch.equal(again(TOKENS)[0], model(TOKENS)[0])
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    torch.testing.assert_close(theirs(TOKENS).logits, model(TOKENS)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_pickles_in_shards(tmp_path: Path) -> None:
+    """As Transformers wrote large models before it wrote safetensors; every shard is read with the same care."""
+    model = make()
+    folder = model.save_pretrained(tmp_path, format="mamba-ssm")
+    (folder / "pytorch_model.bin").unlink()
+    shards: dict[str, dict[str, torch.Tensor]] = {"a.bin": {}, "b.bin": {}}
+    for i, (name, tensor) in enumerate(model.state_dict().items()):
+        shards["ab"[i % 2] + ".bin"][name] = tensor
+    for name, tensors in shards.items():
+        save_pickled(folder / name, tensors)
+    weight_map = {name: shard for shard, tensors in shards.items() for name in tensors}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert torch.equal(LanguageModel.from_pretrained(folder)(TOKENS)[0], model(TOKENS)[0])
+    torch.save({"backbone.norm_f.weight": Path("/nowhere")}, folder / "b.bin")
+    with pytest.raises(CheckpointError, match=r"b\.bin is damaged, truncated or holds more than tensors"):
+        LanguageModel.from_pretrained(folder)
+
+
 @pytest.mark.parametrize(
     ("kind", "changes", "words"),
     [
@@ -205,15 +238,41 @@ def test_names_on_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     folder = make().save_pretrained(tmp_path / "model", format="mamba-ssm")
     asked: list[Any] = []
 
-    def download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
-        asked.append((name, revision, allow_patterns))
+    def download(name: str, **wanted: Any) -> str:
+        asked.append((name, *wanted.values()))
         if name == "lost/model":
             raise OSError("not found")
         return str(folder)
 
     monkeypatch.setattr(hub, "snapshot_download", download)
     LanguageModel.from_pretrained("state-spaces/mamba-130m", revision="main")
-    assert asked[0] == ("state-spaces/mamba-130m", "main", ["*.json", "*.safetensors"])
-    assert asked[1][2] == ["*.json", "*.bin"]
+    # Not what lies in the repository's folders: that is other models, or the same in other states.
+    assert asked[0] == ("state-spaces/mamba-130m", "main", ["*.json", "*.safetensors"], ["*/*"])
+    assert asked[1] == ("state-spaces/mamba-130m", "main", ["*.json", "*.bin"], ["*/*"])
     with pytest.raises(CheckpointError, match="lost/model: no such folder, and the Hugging Face Hub gives none"):
         LanguageModel.from_pretrained("lost/model")
+    with pytest.raises(CheckpointError, match=r"no_such: no such folder"):
+        LanguageModel.from_pretrained(folder, subfolder="no_such")
+
+
+@pytest.mark.parametrize("kind", ["longscan", "mamba-ssm", "transformers"])
+def test_the_hub_s_cache(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The hub's own client without a network: revisions, a subfolder, and another model's files beside ours."""
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    repository = tmp_path / "models--me--small"
+    models = {"main": make(), "v2": make(n_layer=1)}
+    for i, (revision, model) in enumerate(models.items()):
+        commit = f"{i:040x}"
+        folder = model.save_pretrained(repository / "snapshots" / commit, format=kind)
+        make(n_layer=2).save_pretrained(folder / "inside", format=kind)
+        save_tensors(folder / "adapter_model.safetensors", {"a": torch.ones(1)}, {})
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+    assert torch.equal(LanguageModel.from_pretrained("me/small")(TOKENS)[0], models["main"](TOKENS)[0])
+    again = LanguageModel.from_pretrained("me/small", revision="v2", dtype=torch.bfloat16)
+    assert (again.config.n_layer, again.backbone.embedding.weight.dtype) == (1, torch.bfloat16)
+    assert LanguageModel.from_pretrained("me/small", subfolder="inside").config.n_layer == 2
+    with pytest.raises(CheckpointError, match="me/lost: no such folder, and the Hugging Face Hub gives none"):
+        LanguageModel.from_pretrained("me/lost")

@@ -12,6 +12,7 @@ from torch import Tensor
 from longscan import ops
 from longscan.mixers import Mamba
 from longscan.mixers.mamba import MambaState
+from longscan.nn import mamba_inner
 
 WHOLE = pytest.mark.parametrize("recompute", [False, True])
 
@@ -167,3 +168,21 @@ def test_on_a_gpu(dtype: torch.dtype, recompute: bool) -> None:
     for name, expected in truth.items():
         error = (ours[name].cpu().double() - expected).norm() / expected.norm()
         assert error < (1e-4 if dtype == torch.float32 else 0.02), (name, float(error))
+
+
+@WHOLE
+def test_a_gap_before_B_changes_nothing(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixer, state = make(recompute=recompute)
+    x = torch.randn(2, 9, 12)
+    truth = results(mixer, True, x, state)
+    monkeypatch.setattr(mamba_inner, "_gap", lambda *sizes: 3)
+    assert_same(results(mixer, True, x, state), truth, 1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_coefficients_start_at_whole_vectors(dtype: torch.dtype) -> None:
+    x = torch.empty(1, dtype=dtype, device="cuda")
+    for rank in range(1, 20):
+        assert (rank + mamba_inner._gap(rank, 16, x)) * x.element_size() % 16 == 0
+    assert mamba_inner._gap(3, 3, x) == 0

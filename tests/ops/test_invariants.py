@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longscan.ops import causal_conv1d, selective_scan, selective_state_update
+from longscan.ops import causal_conv1d, decay_attention, selective_scan, selective_state_update
 from longscan.ops.causal_conv1d import cases as conv_cases
 from longscan.ops.selective_scan import cases as scan_cases
 from tests.ops.agreement import assert_close, outputs_and_gradients
@@ -164,3 +164,20 @@ def test_a_convolution_cut_anywhere_is_the_whole(length, width, channels, data, 
 
     ours = outputs_and_gradients(pieces, inputs, conv_cases.NAMES)
     assert_close(ours, outputs_and_gradients(whole, inputs, conv_cases.NAMES), tolerance)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_outputs_are_the_caller_s_own(backend: str) -> None:
+    """They can be changed in place, as any result of PyTorch's, also where gradients are recorded."""
+    x, A = torch.randn(2, 5, 6, requires_grad=True), -torch.rand(6, 3)
+    B = torch.randn(2, 5, 3, requires_grad=True)
+    heads = torch.randn(2, 5, 2, 3, requires_grad=True)
+    outputs = [
+        *selective_scan(x, torch.rand(2, 5, 6), A, B, B, return_final_state=True, backend=backend),
+        *causal_conv1d(x, torch.randn(6, 4), return_final_state=True, backend=backend),
+        *decay_attention(heads, heads, heads, return_final_state=True, backend=backend),
+    ]
+    for output in outputs:
+        output += 1
+    sum(output.sum() for output in outputs).backward()
+    assert x.grad is not None

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from longscan.errors import CheckpointError, TrainingError
+from longscan.errors import CheckpointError, ConfigError, TrainingError
 from longscan.tasks.induction_heads import InductionHeads
 from longscan.tasks.registry import SYNTHETIC
 from longscan.tasks.selective_copying import SelectiveCopying
@@ -98,6 +99,61 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     other = trainer(recipe=dataclasses.replace(RECIPE, d_model=24))
     with pytest.raises(CheckpointError, match="of another model, task or kind of device"):
         other.load(path)
+
+
+STAGES = dataclasses.replace(
+    RECIPE, lengths=(6, 10), passed=0.0, carry_state=True, objective="log-loss", schedule="cosine", eps=1e-12
+)
+
+
+def test_stages_come_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = trainer(recipe=STAGES)
+    drawn: list[int] = []
+    draw = InductionHeads.sample
+
+    def sample(task: InductionHeads, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens, targets = draw(task, *arguments)
+        drawn.append(tokens.shape[1])
+        return tokens, targets
+
+    monkeypatch.setattr(InductionHeads, "sample", sample)
+    last = []
+    for _ in range(4):
+        last.append(ours.at_last_stage)
+        ours.advance(2)
+    assert drawn == [6, 6, 10, 10, 16, 16, 16, 16]
+    assert last == [False, False, False, True]
+
+
+def test_a_stage_lasts_until_it_is_mastered() -> None:
+    ours = trainer(recipe=dataclasses.replace(STAGES, passed=1.1))
+    for _ in range(3):
+        ours.advance(1)
+    assert not ours.at_last_stage
+
+
+@pytest.mark.parametrize("before", [1, 3])
+def test_resuming_between_stages_gives_the_same_losses(tmp_path: Path, before: int) -> None:
+    whole, part, again = (trainer(recipe=STAGES) for _ in range(3))
+    first = [whole.advance(3) for _ in range(5)]
+    pieces = [part.advance(3) for _ in range(before)]
+    part.save(tmp_path / "c.safetensors", {})
+    again.load(tmp_path / "c.safetensors")
+    assert pieces + [again.advance(3) for _ in range(5 - before)] == first
+
+
+def test_states_are_carried_in_language_models_only() -> None:
+    with pytest.raises(ConfigError, match="only a language model's states"):
+        trainer(recipe=dataclasses.replace(RECIPE, model="sashimi", carry_state=True))
+
+
+@pytest.mark.gpu
+def test_captured_stages_are_the_stages() -> None:
+    captured, plain = (trainer(recipe=STAGES, device="cuda", capture=capture) for capture in (True, False))
+    points = [[run.advance(5) for _ in range(5)] for run in (captured, plain)]
+    assert captured._graph is not None
+    for ours, theirs in zip(*points, strict=True):
+        assert ours.loss == pytest.approx(theirs.loss, rel=1e-3)
 
 
 @pytest.mark.gpu

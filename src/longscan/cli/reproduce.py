@@ -39,8 +39,10 @@ from longscan.experiments.report import best_cell, duration, figure_cell, metric
 from longscan.models import LanguageModel, Sashimi
 from longscan.nn.storage import write_text
 from longscan.plots.experiments import plot_experiment
+from longscan.plots.memory import plot_memory
 from longscan.plots.selection import plot_selection
 from longscan.tasks.audio import Waveforms
+from longscan.tasks.induction_heads import InductionHeads
 from longscan.training.tasks import Point
 
 _PUBLISHED = "published.toml"
@@ -116,10 +118,14 @@ def run(options: Options, console: Console | None = None) -> int:
                 console.print("stopped, all is saved; the same command goes on")
                 return 128 + (stop.signal or signal.SIGINT) if stop() else 0
             console.print(f"written: {done.result().save(options.results)}")
-            selects = settings.task.name == "selective_copying" and system.mixer == "mamba"
-            if selects and isinstance(done.model, LanguageModel):
-                path = options.results / settings.name / f"selection-{settings.scale}.png"
-                console.print(f"written: {plot_selection(done.model, settings.task, path)}")
+            folder = options.results / settings.name
+            mamba = done.model if system.mixer == "mamba" and isinstance(done.model, LanguageModel) else None
+            if mamba and settings.task.name == "selective_copying":
+                path = folder / f"selection-{settings.scale}.png"
+                console.print(f"written: {plot_selection(mamba, settings.task, path)}")
+            if mamba and isinstance(settings.task, InductionHeads):
+                path = folder / f"memory-{system.name}-{settings.scale}.png"
+                console.print(f"written: {plot_memory(mamba, settings.task, path)}")
             if isinstance(settings.task, Waveforms) and isinstance(done.model, Sashimi):
                 path = continue_waveform(done.model, settings.task, done.path.with_name("sample.wav"), options.seed)
                 console.print(f"written: {path}")

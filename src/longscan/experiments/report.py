@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from longscan.experiments.published import Published, beside
 from longscan.experiments.results import Result
 from longscan.experiments.settings import ALL_SCALES
-from longscan.tasks.task import Metric
+from longscan.tasks.task import Metric, Recipe
 
 _HEAD = """# Results
 
@@ -49,7 +50,24 @@ def _section(results: list[Result], scale: str, published: Published | None) -> 
     lines += ["", _row(COST_HEAD)]
     lines += [_row(["---", *["---:"] * 5, "---"])]
     lines += [_row(cost_cells(result)) for result in results]
+    ways = {f"{result_name(result)}: {way}" for result in results if (way := _way(result.recipe))}
+    if ways:
+        lines += [
+            "",
+            f"Trained in a way of its own ([recipes](../experiments/README.md#recipes)): {'; '.join(sorted(ways))}.",
+        ]
     return "\n".join([*lines, ""])
+
+
+def _way(recipe: Mapping[str, Any]) -> str:
+    """What of a recipe is more than rates and sizes, in words."""
+    words = {
+        "objective": "the logarithm of the loss",
+        "carry_state": "states carried from batch to batch",
+        "lengths": f"lengths {', '.join(f'{length:,}' for length in recipe.get('lengths', ()))} first",
+    }
+    default = Recipe()
+    return ", ".join(text for key, text in words.items() if recipe.get(key) and recipe[key] != getattr(default, key))
 
 
 def result_name(result: Result) -> str:

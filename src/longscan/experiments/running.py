@@ -42,6 +42,8 @@ class Run:
         self.curve: list[list[float]] = []
         self.figures: dict[str, float] = {}
         self.train_seconds = self.test_seconds = 0.0
+        # Whether the last stretch was of the last stage: a figure at a shorter length is none of the task's.
+        self._whole = True
         self._trainer: TaskTrainer | None = None
         self._saved = time.monotonic()
         # Some two hundred points on the curve, and on a GPU never a wait for a few small steps.
@@ -54,7 +56,8 @@ class Run:
             return False
         step, _, figure = self.curve[-1]
         until = self.settings.until
-        return step >= self.system.recipe.steps or bool(until and self.settings.task.metric.reaches(figure, until))
+        enough = bool(until) and self._whole and self.settings.task.metric.reaches(figure, until)
+        return step >= self.system.recipe.steps or enough
 
     def resume(self) -> int:
         """Go on from the checkpoint, if there is one; gives the steps done.
@@ -76,6 +79,7 @@ class Run:
                 )
             self.curve, self.figures = about["curve"], about["figures"] if "figures" in about else about["accuracy"]
             self.train_seconds, self.test_seconds = about["train_seconds"], about["test_seconds"]
+            self._whole = about.get("whole", True)
         self.train_seconds += time.monotonic() - begin
         return self._trainer.steps_done
 
@@ -90,6 +94,7 @@ class Run:
         assert trainer is not None, "resume() comes first"
         while not self.trained:
             begin = time.monotonic()
+            self._whole = trainer.at_last_stage
             point = trainer.advance(min(self._stretch, self.system.recipe.steps - trainer.steps_done))
             self.train_seconds += time.monotonic() - begin
             self.curve.append([point.step, point.loss, point.figure])
@@ -145,6 +150,7 @@ class Run:
             "settings": self._description(),
             "curve": self.curve,
             "figures": self.figures,
+            "whole": self._whole,
             "train_seconds": self.train_seconds,
             "test_seconds": self.test_seconds,
         }

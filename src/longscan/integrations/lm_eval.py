@@ -1,7 +1,11 @@
 """The model ``longscan`` of lm-evaluation-harness.
 
-The harness finds models in a registry that it fills itself, and looks for no plug-ins; importing this module registers
-ours. So its command is run through this module, with all options of its own:
+It is registered by importing this module. Versions of the harness that look for plug-ins (the entry points
+``lm_eval.models``) do that by themselves, so that its own command knows the model:
+
+    lm_eval --model longscan --model_args pretrained=FOLDER --tasks hellaswag
+
+0.4.13 and earlier look for none; their command, with all options of its own, is run through this module:
 
     python -m longscan.integrations.lm_eval --model longscan --model_args pretrained=FOLDER --tasks hellaswag
 """
@@ -53,6 +57,7 @@ class LongscanLM(TemplateLM):
         prefix_token_id: the token before a document; default: the tokenizer's border between documents.
         add_bos_token: put it before every context too.
         revision: of the repository on the Hub.
+        subfolder: where in the folder or the repository the model is.
 
     Raises:
         ArgumentError: an option outside its range, or no tokenizer is known.
@@ -75,6 +80,7 @@ class LongscanLM(TemplateLM):
         prefix_token_id: int | None = None,
         add_bos_token: bool = False,
         revision: str | None = None,
+        subfolder: str = "",
     ) -> None:
         super().__init__()
         if dtype != "auto" and dtype not in _DTYPES:
@@ -85,13 +91,13 @@ class LongscanLM(TemplateLM):
             model = pretrained
         else:
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-            model = LanguageModel.from_pretrained(pretrained, device=device, revision=revision)
+            model = LanguageModel.from_pretrained(pretrained, device=device, revision=revision, subfolder=subfolder)
         if weights != "saved":
             model.quantize(weights)
         self._model = model.eval() if dtype == "auto" else model.eval().to(_DTYPES[dtype])
         self._device = model.device
         if tokenizer is None:
-            tokenizer = _tokenizer_of(pretrained, model, revision)
+            tokenizer = _tokenizer_of(pretrained, model, revision, subfolder)
         self._tokenizer: Tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
         self.max_length = max_length
         self.batch_size = batch_size
@@ -249,10 +255,12 @@ def _generation_options(given: dict[str, Any], default_tokens: int) -> dict[str,
     return options
 
 
-def _tokenizer_of(pretrained: str | LanguageModel, model: LanguageModel, revision: str | None) -> str:
+def _tokenizer_of(
+    pretrained: str | LanguageModel, model: LanguageModel, revision: str | None = None, subfolder: str = ""
+) -> str:
     """The tokenizer that a model's folder holds or names."""
     if not isinstance(pretrained, LanguageModel):
-        folder = find_folder(pretrained, revision)
+        folder = find_folder(pretrained, revision, subfolder)
         if (folder / TOKENIZER_FILE).is_file():
             return str(folder / TOKENIZER_FILE)
         values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))

@@ -20,6 +20,7 @@ from longscan.mixers.mamba import Mamba
 from longscan.mixers.mamba2 import Mamba2
 from longscan.mixers.retnet import RetNet
 from longscan.mixers.rwkv4 import RWKV4
+from longscan.mixers.rwkv4_channels import RWKV4Channels
 from longscan.mixers.s4 import S4
 from longscan.mixers.s4d import S4D
 from longscan.mixers.s5 import S5
@@ -39,13 +40,14 @@ MIXERS: dict[str, type[SequenceMixer]] = {
     "linear_attention": LinearAttention,
     "retnet": RetNet,
     "rwkv4": RWKV4,
+    "rwkv4_channels": RWKV4Channels,
     "h3": H3,
     "hyena": Hyena,
+    "lssl": LSSL,
     "lstm": LSTM,
     "dilated_rnn": DilatedRNN,
     "lmu": LMU,
     "hippo": HiPPO,
-    "lssl": LSSL,
 }
 
 
@@ -96,6 +98,7 @@ __all__ = [
     "LinearAttention",
     "Mamba",
     "Mamba2",
+    "RWKV4Channels",
     "RetNet",
     "make_mixer",
 ]

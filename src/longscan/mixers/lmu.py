@@ -63,11 +63,12 @@ class LMU(SequenceMixer):
         discretisation: "zoh", "bilinear" or "backward_euler".
 
     Attributes:
-        A_bar, B_bar: (order, order) and (order,), float32 buffers: not trained, as in both papers.
+        drift, B_bar: A_bar - 1 (order, order) and B_bar (order,), float32 buffers: not trained, as in both papers. Of a
+            long window A_bar is nearly 1, and rounded to float32 would have lost what makes it forget.
     """
 
     undivided = None
-    A_bar: Tensor
+    drift: Tensor
     B_bar: Tensor
 
     def __init__(
@@ -114,8 +115,14 @@ class LMU(SequenceMixer):
             self.out_proj = nn.Linear(d_hidden, d_model, bias=bias, device=device, dtype=dtype)
         A, B = transition("lmu", order)
         wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
-        for name, matrix in zip(("A_bar", "B_bar"), discretise_dense(A, B, 1 / theta, discretisation), strict=True):
+        A_bar, B_bar = discretise_dense(A, B, 1 / theta, discretisation)
+        for name, matrix in (("drift", A_bar - torch.eye(order, dtype=A_bar.dtype)), ("B_bar", B_bar)):
             self.register_buffer(name, keep_float32(matrix.to(device=device, dtype=wide)))
+
+    @property
+    def A_bar(self) -> Tensor:
+        """(order, order)."""
+        return self.drift + torch.eye(self.order, dtype=self.drift.dtype, device=self.drift.device)
 
     def forward(
         self, x: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None
@@ -195,9 +202,10 @@ class LMU(SequenceMixer):
         """
         with torch.autocast(u.device.type, enabled=False):
             length, size = u.shape[1], min(_CHUNK, u.shape[1])
-            signal = F.pad(u.to(self.A_bar.dtype), (0, 0, 0, -length % size)).unflatten(1, (-1, size)).transpose(2, 3)
+            signal = F.pad(u.to(self.B_bar.dtype), (0, 0, 0, -length % size)).unflatten(1, (-1, size)).transpose(2, 3)
             # (size + 1, order, order), and the response j steps after an impulse, (size, order)
-            powers = _powers(self.A_bar, size)
+            drifts = _drifts(self.drift, size)
+            powers = drifts + torch.eye(self.order, dtype=drifts.dtype, device=u.device)
             response = powers[:-1] @ self.B_bar
             lag = torch.arange(size, device=u.device)
             lag = lag - lag[:, None]
@@ -209,7 +217,7 @@ class LMU(SequenceMixer):
             starts = []
             for end in local[..., -1, :].unbind(1):
                 starts.append(state)
-                state = state @ powers[-1].T + end
+                state = state + torch.addmm(end.flatten(0, 1), state.flatten(0, 1), drifts[-1].T).view_as(state)
             fade = powers[1:].permute(2, 0, 1).flatten(1)  # (order, size * order)
             carried = (torch.stack(starts, dim=1) @ fade).view_as(local)
             return (local + carried).transpose(2, 3).flatten(1, 2)[:, :length]
@@ -218,8 +226,8 @@ class LMU(SequenceMixer):
         self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> LMUState:
         check_batch(batch)
-        device = self.A_bar.device if device is None else device
-        wide = self.A_bar.dtype
+        device = self.B_bar.device if device is None else device
+        wide = self.B_bar.dtype
         memory = torch.zeros(batch, self.d_memory, self.order, device=device, dtype=wide)
         return LMUState(memory, None if self.parallel else torch.zeros(batch, self.d_hidden, device=device, dtype=wide))
 
@@ -228,12 +236,13 @@ class LMU(SequenceMixer):
         return f"{sizes}, parallel={self.parallel}"
 
 
-def _powers(A: Tensor, highest: int) -> Tensor:
-    """A^0 .. A^highest, (highest + 1, N, N), by doubling."""
-    powers = torch.stack((torch.eye(A.shape[-1], dtype=A.dtype, device=A.device), A))
-    while len(powers) <= highest:
-        powers = torch.cat((powers, powers[1:] @ powers[-1]))
-    return powers[: highest + 1]
+def _drifts(drift: Tensor, highest: int) -> Tensor:
+    """A^0 - 1 .. A^highest - 1, (highest + 1, N, N), of A - 1, by doubling: ``A B - 1 = a + b + a b`` of a = A - 1."""
+    drifts = torch.stack((torch.zeros_like(drift), drift))
+    while len(drifts) <= highest:
+        last = drifts[-1]
+        drifts = torch.cat((drifts, drifts[1:] + last + drifts[1:] @ last))
+    return drifts[: highest + 1]
 
 
 class _Walk(torch.autograd.Function):
@@ -245,12 +254,12 @@ class _Walk(torch.autograd.Function):
     @staticmethod
     def forward(inputs: Tensor, start: Tensor, W: Tensor, squashed: int) -> Tensor:
         """inputs (batch, length, n), start (batch, n) and W (n, n) to all states, (batch, length, n)."""
-        states, state = [], start
-        for now in inputs.unbind(1):
-            state = torch.addmm(now, state, W)
-            state = torch.cat((torch.tanh(state[:, :squashed]), state[:, squashed:]), dim=1)
-            states.append(state)
-        return torch.stack(states, dim=1)
+        # In place, so that a step is little more than its two kernels.
+        states, state = inputs.transpose(0, 1).clone(memory_format=torch.contiguous_format), start
+        for t in range(len(states)):
+            state = states[t].addmm_(state, W)
+            state[:, :squashed].tanh_()
+        return states.transpose(0, 1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -262,10 +271,9 @@ class _Walk(torch.autograd.Function):
     def backward(ctx: Any, dstates: Tensor) -> tuple[Tensor | None, ...]:
         start, W, states = ctx.saved_tensors
         slopes = F.pad(1 - states[..., : ctx.squashed].square(), (0, states.shape[2] - ctx.squashed), value=1.0)
-        dinput, found = torch.zeros_like(start), []
-        for dstate, slope in zip(dstates.flip(1).unbind(1), slopes.flip(1).unbind(1), strict=True):
-            dinput = torch.addmm(dstate, dinput, W.T) * slope
-            found.append(dinput)
-        dinputs = torch.stack(found, dim=1).flip(1)
+        found, dinput = dstates.transpose(0, 1).clone(memory_format=torch.contiguous_format), torch.zeros_like(start)
+        for t in reversed(range(len(found))):
+            dinput = found[t].addmm_(dinput, W.T).mul_(slopes[:, t])
+        dinputs = found.transpose(0, 1)
         before = torch.cat((start[:, None], states[:, :-1]), dim=1)
         return dinputs, dinput @ W.T, before.flatten(0, 1).T @ dinputs.flatten(0, 1), None

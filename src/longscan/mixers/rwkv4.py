@@ -12,9 +12,8 @@ before (the token shift), w > 0 the decay and u the bonus of the present token:
 Keys are exponents, so numerator and denominator are kept relative to e^m, with the running peak
 :math:`m_t = \max(m_{t-1} - w, k_t)`: no exponential is ever above 1, and the sums never vanish.
 
-The paper's block puts its channel mixing, :math:`\sigma(r') \odot W_v \max(k', 0)^2` with a token shift of its own,
-behind this layer, and layer norms in front of both. :class:`longscan.LanguageModel` has RMS norms and, with
-``d_intermediate``, a gated MLP without the shift in its place.
+The paper's block puts its channel mixing (:mod:`longscan.mixers.rwkv4_channels`), behind this layer, and layer norms in
+front of both: ``LanguageModelConfig(mixer=("rwkv4", "rwkv4_channels"))`` is that, with RMS norms.
 """
 
 from __future__ import annotations
@@ -57,9 +56,9 @@ class RWKV4(SequenceMixer):
 
     Args:
         d_model: width.
-        depth: the place of the layer in its model, from 0 (first) to 1 (last). The authors start decays and shifts
-            accordingly: early layers forget faster and look further back at the token before. Mixers do not know their
-            place, so all layers of one configuration start alike.
+        depth: the place of the layer in its model, from 0 (first) to almost 1 (last). The authors start decays and
+            shifts accordingly: early layers forget faster and look further back at the token before. The models of
+            this package fill it in.
 
     Initialisation is that of the authors' code (RWKV-v4neo): keys, receptance and output start at zero, so that a layer
     starts by adding nothing. The paper's text gives the receptance's mix as a product with 0.5, the code, followed

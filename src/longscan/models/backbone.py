@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -138,10 +140,12 @@ class Backbone(nn.Module):
         *,
         cu_seqlens: Tensor | None = None,
         streams: list[Tensor] | None = None,
+        call: Callable[..., Any] | None = None,
     ) -> tuple[Tensor, ModelState | None]:
         """:meth:`forward` from the embeddings on, x (batch, length, d_model).
 
-        ``streams`` is given the residual stream before the first layer and after each, each like x.
+        ``streams`` is given the residual stream before the first layer and after each, each like x. Layers are run by
+        ``call(layer, ...)`` if it is given: one that keeps nothing for the backward pass, say.
         """
         if state is not None:
             self._check_state(state, x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
@@ -151,7 +155,8 @@ class Backbone(nn.Module):
             if streams is not None:
                 streams.append(x if residual is None else x + residual)
             own = None if state is None else state.layers[index]
-            x, residual, own = layer(x, residual, own, cu_seqlens=cu_seqlens)
+            run = layer if call is None else partial(call, layer)
+            x, residual, own = run(x, residual, own, cu_seqlens=cu_seqlens)
             after.append(own)
         if streams is not None:
             assert residual is not None

@@ -176,6 +176,9 @@ def _from_transformers(values: Mapping[str, Any]) -> LanguageModelConfig:
     options = {
         ours: _infinite(values[theirs]) for ours, theirs in _TRANSFORMERS_OPTIONS[mixer].items() if theirs in values
     }
+    if mixer == "mamba" and "intermediate_size" in values:
+        # It holds whatever `expand` says, which in the released Falcon Mamba is something else.
+        options["expand"] = _whole(values["intermediate_size"] / _required(values, "hidden_size"))
     if kind == "falcon_mamba":
         options["selection_norm_eps"] = values.get("mixer_rms_eps", 1e-6)
     if mixer == "mamba2":
@@ -198,6 +201,10 @@ def _from_transformers(values: Mapping[str, Any]) -> LanguageModelConfig:
         tie_embeddings=values.get("tie_word_embeddings", mixer != "mamba2"),
         pad_vocab_size_multiple=multiple,
     )
+
+
+def _whole(value: float) -> float:
+    return int(value) if value == int(value) else value
 
 
 def _infinite(value: Any) -> Any:

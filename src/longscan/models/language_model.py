@@ -241,6 +241,7 @@ class LanguageModel(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         revision: str | None = None,
+        subfolder: str = "",
     ) -> LanguageModel:
         """Read a saved model: ours, one of mamba-ssm (``state-spaces/mamba-130m``), or Transformers' Mamba or Falcon
         Mamba.
@@ -250,8 +251,9 @@ class LanguageModel(nn.Module):
             device: where the parameters go. Until they are there, weights are mapped from the file, not copied.
             dtype: of the parameters; those that a mixer needs in float32 stay so.
             revision: of the repository.
+            subfolder: where in the folder or the repository the model is.
 
         Raises:
             CheckpointError: a file is missing, damaged or truncated, or the weights do not fit the configuration.
         """
-        return load_pretrained(cls, source, device=device, dtype=dtype, revision=revision)
+        return load_pretrained(cls, source, device=device, dtype=dtype, revision=revision, subfolder=subfolder)

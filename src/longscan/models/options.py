@@ -65,6 +65,7 @@ class Config:
 class MixerChoice:
     """Mixers that layers cycle over, and the block shape around them: the fields below, of a frozen dataclass."""
 
+    n_layer: int
     mixer: str | tuple[str, ...]
     mixer_options: Mapping[str, Any]
     block: str
@@ -137,12 +138,17 @@ class MixerChoice:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> SequenceMixer:
-        """The mixer of a layer, in its block.
+        """The mixer of a layer, in its block. One that starts according to its place (RWKV-4) is told, as the share of
+        the layers below it.
 
         Raises:
             ConfigError: an option has a value of the wrong kind.
         """
         name = self.mixer_of(layer)
+        options = self.options_of(name)
+        if "depth" in mixer_option_names(name):
+            cycle = len(self.mixer_names)
+            options.setdefault("depth", layer // cycle / -(-self.n_layer // cycle))
         try:
             return make_mixer(
                 name,
@@ -151,7 +157,7 @@ class MixerChoice:
                 block_options=self.block_options,
                 device=device,
                 dtype=dtype,
-                **self.options_of(name),
+                **options,
             )
         except (LongscanError, torch.OutOfMemoryError):
             raise

@@ -61,13 +61,14 @@ def load_pretrained(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     revision: str | None = None,
+    subfolder: str = "",
 ) -> M:
     """Build the model a folder describes, on the meta device, and give it the weights.
 
     Raises:
         CheckpointError: a file is missing, damaged or truncated, or the weights do not fit the configuration.
     """
-    folder = find_folder(source, revision)
+    folder = find_folder(source, revision, subfolder)
     values = read_json(folder / CONFIG_FILE)
     quantization = values.pop(QUANTIZATION, None)
     config = _config_of(values, folder / CONFIG_FILE)
@@ -87,18 +88,23 @@ def load_pretrained(
     return loaded
 
 
-def find_folder(source: str | os.PathLike[str], revision: str | None = None) -> Path:
+def find_folder(source: str | os.PathLike[str], revision: str | None = None, subfolder: str = "") -> Path:
     """The folder itself, or, for the name of a repository on the Hugging Face Hub, its copy here (downloaded once).
+
+    Args:
+        source: a folder or a repository.
+        revision: of the repository.
+        subfolder: where in it the model is.
 
     Raises:
         CheckpointError: there is no such folder, and no such repository within reach.
     """
-    folder = Path(source)
+    folder = Path(source, subfolder)
     if folder.is_dir():
         return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+    if Path(source).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         raise CheckpointError(
-            f"{source}: no such folder; a saved model is a folder with {CONFIG_FILE} and weights, or the name of a "
+            f"{folder}: no such folder; a saved model is a folder with {CONFIG_FILE} and weights, or the name of a "
             "repository on the Hugging Face Hub, such as state-spaces/mamba-130m"
         )
     try:
@@ -107,10 +113,19 @@ def find_folder(source: str | os.PathLike[str], revision: str | None = None) -> 
         raise CheckpointError(
             f"{source}: no such folder; to look on the Hugging Face Hub, install longscan[hub]"
         ) from None
+    inside = f"{subfolder}/" if subfolder else ""
     try:
-        found = Path(snapshot_download(str(source), revision=revision, allow_patterns=["*.json", "*.safetensors"]))
-        if not list(found.glob("*.safetensors")):
-            found = Path(snapshot_download(str(source), revision=revision, allow_patterns=["*.json", "*.bin"]))
+        for kind in ("safetensors", "bin"):
+            copy = snapshot_download(
+                str(source),
+                revision=revision,
+                allow_patterns=[f"{inside}*.json", f"{inside}*.{kind}"],
+                # Repositories keep other models in folders of theirs.
+                ignore_patterns=[f"{inside}*/*"],
+            )
+            found = Path(copy, subfolder)
+            if any((found / name).is_file() for name in (WEIGHTS_FILE, f"{WEIGHTS_FILE}.index.json")):
+                break
     except Exception as error:  # of the network, the hub or its client, of many kinds
         raise CheckpointError(f"{source}: no such folder, and the Hugging Face Hub gives none: {error}") from error
     return found

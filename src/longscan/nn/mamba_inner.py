@@ -88,6 +88,7 @@ class _Pass:
         self.conv_state = None if conv_state is None else conv_state.to(dtype)
         self.ssm_state = None if ssm_state is None else ssm_state.to(real)
         self.rank, self.states = dt_weight.shape[1], A.shape[1]
+        self.offset = self.rank + _gap(self.rank, self.states, self.x)
 
     def project(self) -> Tensor:
         """Both halves of the first projection, side by side."""
@@ -100,12 +101,19 @@ class _Pass:
         out: tuple[Tensor, Tensor] = torch.ops.longscan.causal_conv1d.default(*arguments)
         return out
 
+    def select(self, u: Tensor) -> Tensor:
+        """r, perhaps a gap, B and C, side by side."""
+        weight, gap = self.x_weight, self.offset - self.rank
+        if gap:
+            weight = torch.cat([weight[: self.rank], weight.new_zeros(gap, weight.shape[1]), weight[self.rank :]])
+        return F.linear(u, weight)
+
     def steps(self, selected: Tensor) -> Tensor:
         """dt before its bias and softplus."""
         return F.linear(selected[..., : self.rank], self.dt_weight)
 
     def scan_arguments(self, u: Tensor, dt: Tensor, selected: Tensor, both: Tensor) -> tuple[Any, ...]:
-        B, C = selected[..., None, self.rank :].split(self.states, dim=-1)
+        B, C = selected[..., None, self.offset :].split(self.states, dim=-1)
         _, z = both.chunk(2, dim=-1)
         return u, dt, self.A, B, C, self.D, z, self.dt_bias, self.ssm_state, self.cu_seqlens
 
@@ -113,7 +121,7 @@ class _Pass:
         """y and the states; with `save` also what the backward pass needs."""
         both = self.project()
         u, conv = self.convolve(both)
-        selected = F.linear(u, self.x_weight)
+        selected = self.select(u)
         dt = self.steps(selected)
         arguments = self.scan_arguments(u, dt, selected, both)
         y, ssm, checkpoints = torch.ops.longscan.selective_scan.default(*arguments, True, save, self.backend)
@@ -195,6 +203,12 @@ def _gradients(
         dconv_state if call.conv_state is not None else None,
         dssm_state if call.ssm_state is not None else None,
     )
+
+
+def _gap(rank: int, states: int, x: Tensor) -> int:
+    """Columns between r and B: on a GPU B and C start at whole vectors of 16 bytes, if their own width allows."""
+    vector = 16 // x.element_size()
+    return -rank % vector if x.is_cuda and states % vector == 0 else 0
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""Checks that operators share: shapes, dtypes and devices of their arguments, offsets of packed sequences."""
+"""Checks that operators share: shapes, dtypes and devices of their arguments, offsets of packed sequences; outputs."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -91,6 +92,14 @@ def row_offsets(batch: int, length: int, cu_seqlens: Tensor | None) -> list[tupl
         return [(row, 0, length) for row in range(batch)]
     offsets = cu_seqlens.tolist()
     return [(0, start, end) for start, end in pairwise(offsets)]
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """`torch.stack` into memory of its own.
+
+    PyTorch's gives a view; of an operator's outputs autograd would then forbid the caller to change them in place.
+    """
+    return torch.cat([tensor[None] for tensor in tensors])
 
 
 def activation_dtype(*tensors: Tensor | None) -> torch.dtype:

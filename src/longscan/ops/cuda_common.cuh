@@ -118,14 +118,37 @@ DEVICE float reciprocal(float x) {
 // log(1 + exp(x)), to float32's precision relative to itself: Mamba starts from steps of a thousandth, and what they are off by is what
 // the gradients of A and of the steps are off by. With e = exp(-|x|) and s = 2 e / (2 + e), at most 2/3, log(1 + e) = 2 atanh(s / 2);
 // the polynomial is (2 atanh(s / 2) / s - 1) / q over q = s^2, off by 2e-8 of the result at most.
-DEVICE float softplus(float x) {
-    float e = exp2_fast(-fabsf(x) * LOG2E);
-    float s = e * reciprocal(fmaf(0.5f, e, 1.f)), q = s * s;
+DEVICE float softplus_tail(float x, float s) {
+    float q = s * s;
     float tail = fmaf(fmaf(fmaf(5.2475589e-4f, q, 2.2057786e-3f), q, 1.2502397e-2f), q, 8.33333e-2f);
     return fmaf(s, fmaf(q, tail, 1.f), fmaxf(x, 0.f));
 }
 
+DEVICE float softplus(float x) {
+    float e = exp2_fast(-fabsf(x) * LOG2E);
+    return softplus_tail(x, e * reciprocal(fmaf(0.5f, e, 1.f)));
+}
+
 DEVICE float sigmoid(float x) { return reciprocal(1.f + exp2_fast(-x * LOG2E)); }
+
+// Two at a time, which share a reciprocal: the special-function unit is what the scan waits for most. A NaN of one is one of both.
+DEVICE float2 reciprocals(float2 x) {
+    const float both = reciprocal(x.x * x.y);
+    return make_float2(both * x.y, both * x.x);
+}
+
+DEVICE float2 softplus(float2 x) {
+    const float2 e = make_float2(exp2_fast(-fabsf(x.x) * LOG2E), exp2_fast(-fabsf(x.y) * LOG2E));
+    const float2 r = reciprocals(make_float2(fmaf(0.5f, e.x, 1.f), fmaf(0.5f, e.y, 1.f)));
+    return make_float2(softplus_tail(x.x, e.x * r.x), softplus_tail(x.y, e.y * r.y));
+}
+
+// x sigmoid(x). Below -41 it is x 2^-60 rather than less, so that no product overflows.
+DEVICE float2 silu(float2 x) {
+    const float2 e = make_float2(exp2_fast(fminf(-x.x * LOG2E, 60.f)), exp2_fast(fminf(-x.y * LOG2E, 60.f)));
+    const float2 r = reciprocals(make_float2(1.f + e.x, 1.f + e.y));
+    return make_float2(x.x * r.x, x.y * r.y);
+}
 
 // ---- Sequences ----
 

@@ -85,13 +85,22 @@ class Recipe:
             wide as ``d_model`` says.
         model: "auto", what the task needs; or "sashimi" for a task over tokens that is asked at its last places.
         model_options: further arguments of the model's configuration, such as ``{"pooling": "last"}``.
+        objective: what training lowers: "loss", the task's, or "log-loss", its logarithm (cross-entropy only): every
+            step then counts by how much it changes the loss in proportion, however small that is; see
+            :func:`longscan.training.objectives.log_cross_entropy`.
+        lengths: to train at before the task's own, one after the other, each until the figure over a stretch of steps
+            is as good as ``passed``.
+        passed: see ``lengths`` and ``carry_state``.
+        carry_state: whether a batch goes on from the states that the last one ended with, see
+            :mod:`longscan.training.carried`, once the figure is as good as ``passed`` without; of language models whose
+            memory does not grow.
         steps, batch_size: of training.
         learning_rate: the highest, after ``warmup`` steps of linear rise.
         schedule: "constant"; or "cosine" or "linear", down to ``floor`` of it at the last step.
         dynamics_rate: highest learning rate of what mixers keep in float32 whatever their weights are (A, B, dt, D of
             state spaces); 0: as for the rest.
         weight_decay: of AdamW, on matrices.
-        betas: of AdamW.
+        betas, eps: of AdamW.
         clip: largest norm of the gradient; 0 leaves it as it is.
         precision: "float32", or "bfloat16" (autocast).
     """
@@ -105,12 +114,17 @@ class Recipe:
     parameters: int = 0
     model: Literal["auto", "sashimi"] = "auto"
     model_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    objective: Literal["loss", "log-loss"] = "loss"
+    lengths: tuple[int, ...] = ()
+    passed: float = 0.99
+    carry_state: bool = False
     steps: int = 1000
     batch_size: int = 32
     learning_rate: float = 1e-3
     dynamics_rate: float = 0.0
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
     warmup: int = 0
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     floor: float = 0.0

@@ -24,6 +24,8 @@ from longscan.models.matching import match
 from longscan.nn.mixer import SequenceMixer
 from longscan.nn.storage import load_tensors, save_tensors
 from longscan.tasks.task import Recipe, Task
+from longscan.training.carried import CarriedStates
+from longscan.training.objectives import log_cross_entropy
 from longscan.training.optimizers import clip_gradients, parameter_groups
 
 logger = logging.getLogger(__name__)
@@ -143,6 +145,9 @@ class TaskTrainer:
     ) -> None:
         self.task, self.model, self.recipe = task, model, recipe
         self.steps_done = 0
+        # How many of the recipe's easier stages are mastered: shorter lengths, then its own without states carried.
+        self._mastered = 0
+        self._stages = len(recipe.lengths) + recipe.carry_state
         self._device, self._seed = device, seed
         self._generator = torch.Generator(device).manual_seed(seed)
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
@@ -154,6 +159,7 @@ class TaskTrainer:
         mixers = (module for module in model.modules() if isinstance(module, SequenceMixer))
         self._captures = capture and device.type == "cuda" and all(mixer.capturable for mixer in mixers)
         self._drops = any(getattr(module, "dropout", 0) for module in model.modules())
+        self._carried = self._new_carried()
         task.to(device)
         model.train()
         with self._own_dropout():
@@ -178,11 +184,22 @@ class TaskTrainer:
         optimizer = torch.optim.AdamW(
             groups,
             betas=(recipe.betas[0], recipe.betas[1]),
+            eps=recipe.eps,
             fused=fused,
             foreach=False if not fused and not cuda else None,
             capturable=cuda,
         )
         return optimizer, rates
+
+    def _new_carried(self) -> CarriedStates | None:
+        recipe = self.recipe
+        if not recipe.carry_state:
+            return None
+        if not isinstance(self.model, LanguageModel):
+            raise ConfigError(
+                f"carry_state: only a language model's states are carried, not a {type(self.model).__name__}'s"
+            )
+        return CarriedStates(self.model, recipe.batch_size, recipe.steps, self._generator)
 
     def _make_state(self) -> None:
         """Let the optimiser make its tensors, and a GPU compile and allocate; then all is as before."""
@@ -192,9 +209,12 @@ class TaskTrainer:
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                for _ in range(_WARM_UP):
-                    self._step()
+                for stage in range(self._stages + 1):
+                    self._mastered = stage
+                    for _ in range(_WARM_UP):
+                        self._step()
             torch.cuda.current_stream().wait_stream(side)
+            self._mastered = 0
         else:
             self._step()
         self.model.load_state_dict(before)
@@ -203,6 +223,8 @@ class TaskTrainer:
                 tensor.zero_()
         self._sums.zero_()
         self._count.zero_()
+        if self._carried is not None:
+            self._carried.begin_anew()
         self._generator.set_state(random)
 
     def _step(self) -> None:
@@ -213,14 +235,25 @@ class TaskTrainer:
             factor = rate_factor(recipe, self._count)
             for rate, highest in self._rates:
                 rate.copy_(factor * highest)
-        inputs, targets = self.task.sample(recipe.batch_size, self._generator)
+        length = (*recipe.lengths, None, None)[self._mastered]
+        inputs, targets = self.task.sample(recipe.batch_size, self._generator, length)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-            scores = task_scores(self.model, self.task, inputs)
+            scores = self._scores(inputs, length)
         loss = self.task.loss(scores, targets)
-        loss.backward()
+        lowered = log_cross_entropy(scores, targets) if recipe.objective == "log-loss" else loss
+        lowered.backward()
         clip_gradients(self.model.parameters(), recipe.clip)
         self._optimizer.step()
         self._sums += torch.stack([loss.detach(), *self.task.judge(scores.detach(), targets)])
+
+    def _scores(self, inputs: Tensor, length: int | None) -> Tensor:
+        if self._carried is None or not self.at_last_stage:
+            return task_scores(self.model, self.task, inputs, length)
+        assert isinstance(self.model, LanguageModel)
+        return self.model.head(self._carried.read(inputs)[:, -self.task.answers(length) :])
+
+    def _kept(self) -> list[Tensor]:
+        return [] if self._carried is None else self._carried.tensors
 
     def _capture(self) -> None:
         graph, random = torch.cuda.CUDAGraph(), self._generator.get_state()
@@ -236,11 +269,18 @@ class TaskTrainer:
             # The old one is still the broken graph's.
             self._generator = torch.Generator(self._device)
             self._generator.set_state(random)
+            if self._carried is not None:
+                self._carried.generator = self._generator
         else:
             self._graph = graph
 
+    @property
+    def at_last_stage(self) -> bool:
+        """Whether all that the recipe puts first, such as shorter lengths, is done with."""
+        return self._mastered == self._stages
+
     def advance(self, steps: int) -> Point:
-        """Do ``steps`` steps.
+        """Do ``steps`` steps, of one stage.
 
         Raises:
             TrainingError: the loss is no longer a number.
@@ -258,7 +298,11 @@ class TaskTrainer:
             raise TrainingError(
                 f"before step {self.steps_done}: the loss is {loss / steps}; lower learning_rate or lengthen warmup"
             )
-        return Point(self.steps_done, loss / steps, self.task.metric.score(*judged))
+        point = Point(self.steps_done, loss / steps, self.task.metric.score(*judged))
+        if not self.at_last_stage and self.task.metric.reaches(point.figure, self.recipe.passed):
+            self._mastered += 1
+            self._graph = None
+        return point
 
     @contextlib.contextmanager
     def _own_dropout(self) -> Iterator[None]:
@@ -290,8 +334,9 @@ class TaskTrainer:
             for key, tensor in state.items():
                 tensors[f"optimizer/{key}/{self._names[parameter]}"] = tensor
         tensors |= {f"buffer/{name}": tensor for name, tensor in self._buffers().items()}
+        tensors |= {f"carried/{index}": tensor for index, tensor in enumerate(self._kept())}
         tensors |= {"count": self._count, "generator": self._generator.get_state()}
-        metadata = {"longscan.synthetic": json.dumps({"steps": self.steps_done, **about})}
+        metadata = {"longscan.synthetic": json.dumps({"steps": self.steps_done, "mastered": self._mastered, **about})}
         return save_tensors(path, tensors, metadata)
 
     def load(self, path: Path) -> dict[str, Any]:
@@ -308,6 +353,8 @@ class TaskTrainer:
                 self._count.copy_(tensors["count"])
                 for name, tensor in self._buffers().items():
                     _copy(tensor, tensors[f"buffer/{name}"], name)
+                for index, tensor in enumerate(self._kept()):
+                    _copy(tensor, tensors[f"carried/{index}"], "the carried state")
                 for parameter, name in self._names.items():
                     _copy(parameter, tensors[f"model/{name}"], name)
                     for key, tensor in self._optimizer.state[parameter].items():
@@ -317,6 +364,8 @@ class TaskTrainer:
                 f"{path} is of another model, task or kind of device ({error}); remove it to start afresh"
             ) from error
         self.steps_done = int(about.pop("steps"))
+        self._mastered = int(about.pop("mastered", 0))
+        self._graph = None
         return dict(about)
 
 

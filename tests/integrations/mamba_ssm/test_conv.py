@@ -18,6 +18,7 @@ from longscan.integrations.mamba_ssm.conv import (
     causal_conv1d_update,
     causal_conv1d_update_ref,
     causal_conv1d_varlen_states,
+    causal_conv1d_varlen_states_ref,
 )
 from longscan.integrations.mamba_ssm.conv_functions import (
     causal_conv1d_bwd_function,
@@ -249,13 +250,14 @@ def test_states_are_checked(shape: tuple[int, ...], indices: Tensor | None, word
         causal_conv1d_update(x, torch.zeros(shape), weight, bias, conv_state_indices=indices)
 
 
+@pytest.mark.parametrize("function", [causal_conv1d_varlen_states, causal_conv1d_varlen_states_ref])
 @settings(max_examples=20, deadline=None)
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=4), st.integers(1, 4))
-def test_states_of_packed_sequences(lengths: list[int], state_len: int) -> None:
+@given(lengths=st.lists(st.integers(0, 5), min_size=1, max_size=4), state_len=st.integers(1, 4))
+def test_states_of_packed_sequences(lengths: list[int], state_len: int, function: Any) -> None:
     torch.manual_seed(0)
     offsets = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
     x = torch.randn(max(offsets[-1], 1), CHANNELS)
-    states = causal_conv1d_varlen_states(x, torch.tensor(offsets, dtype=torch.int32), state_len)
+    states = function(x, torch.tensor(offsets, dtype=torch.int32), state_len)
     assert states.shape == (len(lengths), CHANNELS, state_len)
     for state, (start, end) in zip(states, pairwise(offsets), strict=True):
         kept = x[max(start, end - state_len) : end].T

@@ -83,7 +83,7 @@ def test_lines_that_people_write() -> None:
         ("import mamba_ssm.modules.mamba2", "mamba2", "mamba_ssm.modules"),
         ("from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined", "ssd_combined",
          "mamba_ssm.ops.triton"),
-        ("from mamba_ssm.ops.selective_scan_interface import MambaInnerFn", "MambaInnerFn",
+        ("from mamba_ssm.ops.selective_scan_interface import rms_norm_forward", "rms_norm_forward",
          "mamba_ssm.ops.selective_scan_interface"),
         ("from causal_conv1d.cpp_functions import nothing", "nothing", "causal_conv1d.cpp_functions"),
     ],

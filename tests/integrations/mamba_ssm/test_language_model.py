@@ -204,8 +204,20 @@ def test_the_form_of_the_output() -> None:
     torch.testing.assert_close(scored.scores[0], model(tokens()).logits[:, -1])
 
 
+def test_a_model_is_told_where_its_tokens_are() -> None:
+    """Of a prompt nothing is said; one of somebody else's that has positions needs it afterwards."""
+    told: list[Any] = []
+
+    def model(current: Tensor, position_ids: Tensor | None, inference_params: Any, num_last_tokens: int) -> Any:
+        told.append(None if position_ids is None else position_ids.tolist())
+        return language_model.CausalLMOutput(torch.zeros(2, 1, 4))
+
+    decode(tokens(2, 3), model, 6)
+    assert told == [None, [[3], [3]], [[4], [4]]]
+
+
 def test_repeated_tokens_are_penalised() -> None:
-    def model(current: Tensor, inference_params: Any, num_last_tokens: int) -> Any:
+    def model(current: Tensor, position_ids: Tensor | None, inference_params: Any, num_last_tokens: int) -> Any:
         scores = torch.tensor([3.0, 2.5, -1.0, -1.2]).expand(1, 1, 4)
         return language_model.CausalLMOutput(scores)
 
@@ -256,6 +268,8 @@ def test_a_round_trip_is_exact(tmp_path: Path) -> None:
     half = MambaLMHeadModel.from_pretrained(str(tmp_path), dtype=torch.bfloat16)
     assert half.lm_head.weight is half.backbone.embedding.weight
     assert half.lm_head.weight.dtype == torch.bfloat16
+    # What stays float32 there is not rounded on its way.
+    assert torch.equal(half.backbone.layers[0].mixer.A_log, model.backbone.layers[0].mixer.A_log)
     assert {t.dtype for t in load_state_dict_hf(tmp_path, dtype=torch.float16).values()} == {torch.float16}
 
 

@@ -12,6 +12,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from longscan.errors import ArgumentError
 from longscan.integrations.mamba_ssm.scan import (
+    MambaInnerFn,
+    SelectiveScanFn,
     mamba_inner_fn,
     mamba_inner_ref,
     selective_scan_fn,
@@ -100,6 +102,14 @@ def test_shapes_are_checked(index: int, shape: tuple[int, ...], words: str) -> N
     given[index] = torch.randn(shape)
     with pytest.raises(ArgumentError, match=words):
         selective_scan_fn(*given)
+
+
+def test_callers_of_the_autograd_functions() -> None:
+    given = [*arguments(), True, True]
+    for found, expected in zip(SelectiveScanFn.apply(*given), selective_scan_fn(*given), strict=True):
+        assert torch.equal(found, expected)
+    block = inner_arguments()
+    assert torch.equal(MambaInnerFn.apply(**block), mamba_inner_fn(**block))
 
 
 # mamba_inner_fn

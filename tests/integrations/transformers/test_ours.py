@@ -114,6 +114,23 @@ def test_generation_is_ours(kind: str) -> None:
         theirs.generate(TOKENS[:1], assistant_model=theirs, **plain(max_new_tokens=2))
 
 
+def test_a_streamer_hears_every_token_as_it_comes() -> None:
+    class Streamer:
+        def __init__(self) -> None:
+            self.heard: list[Any] = []
+
+        def put(self, tokens: torch.Tensor) -> None:
+            self.heard += tokens.flatten().tolist()
+
+        def end(self) -> None:
+            self.heard.append("end")
+
+    streamer = Streamer()
+    theirs = hf.LongscanForCausalLM.from_longscan(make().eval())
+    found = theirs.generate(TOKENS[:1], streamer=streamer, **plain(max_new_tokens=4))
+    assert streamer.heard == [*found[0].tolist(), "end"]
+
+
 @pytest.mark.parametrize("use_cache", [True, False])
 @torch.no_grad()
 def test_sampling_with_and_without_a_state(use_cache: bool) -> None:

@@ -7,6 +7,7 @@ import inspect
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import longscan.integrations.transformers as hf
 from longscan.errors import ArgumentError, IntegrationError
 from longscan.integrations.transformers.patches import PATCHES
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 
 def _methods() -> dict[str, Any]:
@@ -108,22 +109,57 @@ def test_someone_elses_replacement_is_left_alone(monkeypatch: pytest.MonkeyPatch
     assert _methods() == before
 
 
+def test_no_family_is_forgotten() -> None:
+    """Whatever scans as Mamba-1 does in the Transformers that is installed."""
+    models = Path(transformers.__file__).parent / "models"
+    found = {
+        path.parent.name for path in models.glob("*/modeling_*.py") if "selective_scan_fn" in path.read_text("utf-8")
+    }
+    assert found == set(hf.FAMILIES)
+
+
 def test_unknown_families() -> None:
     with pytest.raises(ArgumentError, match="families: got 'mamba2'; allowed are mamba, falcon_mamba, jamba, zamba"):
         hf.enable(("mamba", "mamba2"))
 
 
-@pytest.mark.parametrize("value", ["1", "0"])
-def test_the_environment(value: str) -> None:
-    """What importing does is told by the variable alone; without it Transformers is not even imported."""
-    code = (
-        "import sys, longscan.integrations.transformers as hf\n"
-        "print(hf.enabled(), 'transformers' in sys.modules)\n"
-        "if hf.enabled():\n"
-        "    import transformers\n"
-        "    print(type(transformers.AutoConfig.for_model('longscan')).__name__)\n"
+# What a program sees of it.
+_LOOK = (
+    "import sys\n"
+    "import longscan.integrations.transformers as hf\n"
+    "print(hf.enabled(), 'transformers' in sys.modules)\n"
+    "if hf.enabled():\n"
+    "    import transformers\n"
+    "    print(type(transformers.AutoConfig.for_model('longscan')).__name__)\n"
+)
+
+
+def _run(*arguments: str, **environment: str) -> str:
+    inherited = {name: value for name, value in os.environ.items() if name != "LONGSCAN_TRANSFORMERS"}
+    done = subprocess.run(
+        [sys.executable, *arguments], env={**inherited, **environment}, capture_output=True, text=True, check=True
     )
-    environment = {**os.environ, "LONGSCAN_TRANSFORMERS": value}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    expected = {"0": "() False\n", "1": f"{hf.FAMILIES} True\nLongscanConfig\n"}[value]
-    assert done.stdout == expected
+    return done.stdout
+
+
+def test_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`import longscan` does what the variable says; without it Transformers is not even imported."""
+    assert _run("-c", _LOOK, LONGSCAN_TRANSFORMERS="0") == "() False\n"
+    enabled = f"{hf.FAMILIES} True\nLongscanConfig\n"
+    assert _run("-c", "import longscan\n" + _LOOK, LONGSCAN_TRANSFORMERS="1") == enabled
+    monkeypatch.setenv("LONGSCAN_TRANSFORMERS", "yes")
+    with pytest.raises(ArgumentError, match="LONGSCAN_TRANSFORMERS: got 'yes', allowed are 1 and 0"):
+        hf.enable_from_environment()
+
+
+def test_a_program_runs_unchanged(tmp_path: Path) -> None:
+    """One that says nothing of longscan, with its own name and arguments."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys\n"
+        "from transformers import AutoConfig\n"
+        "families = sys.modules['longscan.integrations.transformers'].enabled()\n"
+        "print(__name__, sys.argv[1:], AutoConfig.for_model('longscan').model_type, *families)\n"
+    )
+    found = _run("-m", "longscan.integrations.transformers", str(program), "a", "-b")
+    assert found == f"__main__ ['a', '-b'] longscan {' '.join(hf.FAMILIES)}\n"

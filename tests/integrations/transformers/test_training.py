@@ -105,27 +105,80 @@ def test_adapters_around_theirs(family: str, target: str) -> None:
     assert torch.equal(generated, merged.generate(TOKENS, max_new_tokens=3, do_sample=False))
 
 
+ROWS = [{"input_ids": row, "labels": row, "attention_mask": [1] * 7} for row in TOKENS.tolist()]
+
+
+def trainer(model: Any, folder: Path, **options: Any) -> Any:
+    transformers.logging.set_verbosity_error()
+    plain: dict[str, Any] = {
+        "output_dir": str(folder), "max_steps": 12, "per_device_train_batch_size": 2, "learning_rate": 2e-2,
+        "report_to": [], "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "use_cpu": True,
+        "dataloader_pin_memory": False,
+    }  # fmt: skip
+    arguments = transformers.TrainingArguments(**{**plain, **options})
+    return transformers.Trainer(model=model, args=arguments, train_dataset=ROWS, eval_dataset=ROWS)
+
+
 @pytest.mark.parametrize("family", ["ours", "mamba"])
 def test_trainer(family: str, tmp_path: Path) -> None:
     """A model learns a sequence by heart, is saved, and loads as what it was."""
     hf.register()
-    transformers.logging.set_verbosity_error()
     model = hf.LongscanForCausalLM.from_longscan(make()) if family == "ours" else theirs.make("mamba")
-    rows = [{"input_ids": row, "labels": row, "attention_mask": [1] * 7} for row in TOKENS.tolist()]
-    arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path), max_steps=12, per_device_train_batch_size=2, learning_rate=2e-2, report_to=[],
-        save_strategy="no", logging_steps=1, disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
-    )  # fmt: skip
     with enable():
-        trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows)
-        trainer.train()
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        trains = trainer(model, tmp_path)
+        trains.train()
+        losses = [entry["loss"] for entry in trains.state.log_history if "loss" in entry]
         assert losses[-1] < 0.5 * losses[0]
-        trainer.save_model(str(tmp_path / "saved"))
+        trains.save_model(str(tmp_path / "saved"))
         loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
         assert torch.equal(loaded(TOKENS).logits, model.eval()(TOKENS).logits)
     if family == "ours":
         torch.testing.assert_close(LanguageModel.from_pretrained(tmp_path / "saved")(TOKENS)[0], loaded(TOKENS).logits)
+
+
+def test_a_trainer_goes_on_and_evaluates(tmp_path: Path) -> None:
+    """As if it had never stopped, with gradient checkpointing or without; and what it measures is the model's loss."""
+    options: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = trainer(hf.LongscanForCausalLM.from_longscan(make()), tmp_path, **options)
+    whole.train()
+    resumed = trainer(
+        hf.LongscanForCausalLM.from_longscan(make()), tmp_path, **options, gradient_checkpointing=True
+    )  # fmt: skip
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for one, two in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, two)
+    loss = whole.model(TOKENS, labels=TOKENS).loss.item()
+    assert whole.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mixed"])
+@pytest.mark.parametrize("mask", [None, torch.tensor([[1] * 7, [0, 0, 1, 1, 1, 1, 1]])], ids=["whole", "padded"])
+def test_gradient_checkpointing(kind: str, mask: torch.Tensor | None) -> None:
+    """The same loss and gradients, with no layer's inner results kept; an adapter's too, in a model that is frozen."""
+
+    def train(model: Any) -> tuple[torch.Tensor, list[torch.Tensor], int]:
+        kept: list[int] = []
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            kept.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(TOKENS, attention_mask=mask, labels=TOKENS).loss
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return loss, list(torch.autograd.grad(loss, trained)), sum(kept)
+
+    for model in (hf.LongscanForCausalLM.from_longscan(make(kind)), adapted(
+        hf.LongscanForCausalLM.from_longscan(make(kind)), "in_proj" if kind == "mamba" else "fc1"
+    )):  # fmt: skip
+        loss, expected, kept = train(model.train())
+        model.gradient_checkpointing_enable()
+        again, found, least = train(model)
+        assert torch.equal(again, loss)
+        assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
+        assert least < 0.5 * kept
+        model.gradient_checkpointing_disable()
+        assert train(model)[2] > least
 
 
 def test_an_adapter_is_saved_and_loaded(tmp_path: Path) -> None:

@@ -202,6 +202,16 @@ def test_strong_and_weak_decays_side_by_side(decay: str) -> None:
     assert_close(ours, truth, TOLERANCE[torch.float32])
 
 
+def test_a_shared_decays_gradient_keeps_its_digits() -> None:
+    """What its steps give to it, 1,100 in absolute values, leaves 0.99: a few roundings of the former are allowed."""
+    inputs = make_inputs(
+        DecayCase("shared", batch=3, length=123, heads=1, d_k=1, d_v=1, decay="head", initial=True), seed=1206
+    )
+    ours = outputs_and_gradients(attend(CASES[0], "chunked"), inputs, NAMES)
+    truth = outputs_and_gradients(attend(CASES[0], "reference"), in_float64(inputs), NAMES)
+    assert_close(ours, truth, 3 * TOLERANCE[torch.float32])
+
+
 def test_a_million_steps() -> None:
     """Nothing overflows, and the state is the sum of what has not faded, about 1 / (1 - decay).
 

@@ -14,6 +14,7 @@ from longscan.errors import BackendError
 from longscan.ops import backends, nvrtc
 from longscan.ops.selective_scan import selective_scan
 from longscan.ops.selective_scan.cases import NAMES, ScanCase, make_inputs
+from longscan.ops.selective_scan.cuda import _forward_tile
 from longscan.ops.selective_scan.cuda_plan import SPANS, Split, backward_split, forward_split
 from tests.ops.agreement import TOLERANCE, assert_close, in_float64, outputs_and_gradients
 
@@ -24,26 +25,38 @@ MAMBA = {
     "FORMAT": 1, "COMPLEX": 0, "B_STEP": 1, "C_STEP": 1, "HAS_Z": 1, "SOFTPLUS": 1, "PACKED": 0, "ALIGNED": 1,
     "LANES": 2, "STATES": 8, "WHOLE": 1, "PARTIAL": 0,
 }  # fmt: skip
-FORWARD = {"OUTPUT": 1, "SAVE": 1, "CHUNKED": 0, "TILE": 16, "CHUNK": 32, "WARPS": 4, "RESIDENT": 4}
+FORWARD = {"OUTPUT": 1, "SAVE": 1, "CHUNKED": 0, "CHUNK": 32, "WARPS": 4}
+FLOW = {"TILE": 16, "AHEAD": 2, "WARPS": 4, "RESIDENT": 4}
+
+
+def forward(options: dict[str, int], lanes: int, states: int, **more: int) -> tuple[str, dict[str, int]]:
+    numbers = states * (1 + options["COMPLEX"])
+    layout = _forward_tile(lanes, numbers, channels=2048)
+    return "scan_forward.cu", {**options, **FORWARD, **layout, "LANES": lanes, "STATES": states, **more}
+
+
 BACKWARD = {"TILE": 32, "SUB": 4, "CHUNKED": 0, "WARPS": 4, "RESIDENT": 2}
 OTHER = {**MAMBA, "FORMAT": 0, "COMPLEX": 1, "LANES": 4, "STATES": 2, "B_STEP": 0, "HAS_Z": 0, "SOFTPLUS": 0,
          "PACKED": 1, "ALIGNED": 0, "WHOLE": 0}  # fmt: skip
 
 KERNELS = {
-    "forward": ("scan_forward.cu", {**MAMBA, **FORWARD}),
-    "forward-narrow": ("scan_forward.cu", {**MAMBA, **FORWARD, "LANES": 4, "STATES": 4}),
-    "first-pass": ("scan_forward.cu", {**MAMBA, **FORWARD, "OUTPUT": 0, "SAVE": 0, "CHUNKED": 1}),
+    "forward": forward(MAMBA, 2, 8),
+    "forward-narrow": forward(MAMBA, 4, 4),
+    "forward-narrowest": forward(MAMBA, 8, 2),
+    "first-pass": forward(MAMBA, 2, 8, OUTPUT=0, SAVE=0, CHUNKED=1),
     "backward": ("scan_backward.cu", {**MAMBA, **BACKWARD}),
     "backward-split": ("scan_backward.cu", {**MAMBA, **BACKWARD, "CHUNKED": 1}),
-    "flow": ("scan_flow.cu", {**MAMBA, "TILE": 16, "WARPS": 4}),
+    "collect": ("scan_collect.cu", {**MAMBA, "VECTOR": 4}),
+    "flow": ("scan_flow.cu", {**MAMBA, **FLOW}),
     "chain": ("scan_chain.cu", {**MAMBA, "REVERSE": 1}),
 }
 OTHERS = {
-    "forward": ("scan_forward.cu", {**OTHER, **FORWARD}),
+    "forward": forward(OTHER, 4, 2),
     "backward": ("scan_backward.cu", {**OTHER, **BACKWARD}),
-    "flow": ("scan_flow.cu", {**OTHER, "TILE": 16, "WARPS": 4}),
+    "collect": ("scan_collect.cu", {**OTHER, "VECTOR": 1}),
+    "flow": ("scan_flow.cu", {**OTHER, **FLOW}),
     "chain": ("scan_chain.cu", {**OTHER, "REVERSE": 0}),
-    "forward-partial": ("scan_forward.cu", {**MAMBA, **FORWARD, "LANES": 4, "PARTIAL": 1}),
+    "forward-partial": forward(MAMBA, 4, 8, PARTIAL=1),
     "backward-partial": ("scan_backward.cu", {**MAMBA, **BACKWARD, "LANES": 4, "PARTIAL": 1}),
 }
 
@@ -93,7 +106,7 @@ def test_time_is_split_where_rows_and_channels_leave_the_gpu_empty(plan) -> None
     assert plan(8, 8 * 2048, 2048, 16, 132).steps == 0
     assert plan(1, 1, 1536, 16, 132).steps == 0
     for length in (2048, 65536, 2**20):
-        assert 0 < plan(1, length, 2048, 16, 132).steps < length
+        assert 0 < plan(1, length, 256, 16, 132).steps < length
 
 
 @pytest.mark.parametrize("plan", [forward_split, backward_split])
@@ -108,7 +121,9 @@ def test_plans_are_ones_the_kernels_take(plan, numbers: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("split", [Split(8, 0), Split(4, 0), Split(8, 64), Split(4, 128)], ids=str)
+@pytest.mark.parametrize(
+    "split", [Split(8, 0), Split(4, 0), Split(2, 0), Split(8, 64), Split(4, 128), Split(2, 64)], ids=str
+)
 @pytest.mark.parametrize(
     "case",
     [

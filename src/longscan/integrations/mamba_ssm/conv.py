@@ -265,3 +265,12 @@ def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -
     inside = places >= cu_seqlens[:-1, None]
     states = x[places.clamp(min=0)].masked_fill(~inside[..., None], 0)
     return channels_last(states)
+
+
+def causal_conv1d_varlen_states_ref(x: Tensor, cu_seqlens: Tensor, state_len: int) -> Tensor:
+    """`causal_conv1d_varlen_states` by slices, one sequence after another."""
+    states = x.new_zeros(cu_seqlens.numel() - 1, state_len, x.shape[1])
+    for state, begin, end in zip(states, cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
+        kept = min(end - begin, state_len)
+        state[state_len - kept :] = x[end - kept : end]
+    return channels_last(states)

@@ -155,7 +155,9 @@ def decode(
         if cache.seqlen_offset == input_ids.shape[1] and hasattr(model, "decoding_step"):
             step = model.decoding_step(cache)
         if step is None:
-            logits = model(current, inference_params=cache, num_last_tokens=1).logits.squeeze(1)
+            offset = cache.seqlen_offset
+            places = current.new_full((batch, 1), offset) if offset else None
+            logits = model(current, position_ids=places, inference_params=cache, num_last_tokens=1).logits.squeeze(1)
         else:
             logits = step(current.squeeze(1))
         logits = logits if vocab_size is None else logits[..., :vocab_size]

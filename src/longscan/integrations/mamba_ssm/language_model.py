@@ -278,7 +278,8 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
         """
         config = MambaConfig(**load_config_hf(pretrained_model_name))
         model = cls(config, device=device, dtype=dtype, **kwargs)
-        tensors = load_state_dict_hf(pretrained_model_name, device=device, dtype=dtype)
+        # In the dtype of the file: A and D are float32 in the model whatever the other parameters are.
+        tensors = load_state_dict_hf(pretrained_model_name, device=device)
         if config.tie_embeddings:
             # Formats that leave out what is said already.
             tensors.setdefault("lm_head.weight", tensors["backbone.embedding.weight"])

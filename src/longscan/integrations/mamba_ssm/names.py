@@ -26,6 +26,7 @@ MODULES: dict[str, dict[str, str]] = {
     "mamba_ssm.ops": {},
     "mamba_ssm.ops.selective_scan_interface": {
         **_of("scan", "selective_scan_fn", "selective_scan_ref", "mamba_inner_fn", "mamba_inner_ref"),
+        **_of("scan", "SelectiveScanFn", "MambaInnerFn"),
         **_of("conv", "causal_conv1d_fn"),
     },
     "mamba_ssm.ops.triton": {},
@@ -51,7 +52,7 @@ MODULES: dict[str, dict[str, str]] = {
         **_CONV,
         **_of("conv", "causal_conv1d_ref", "causal_conv1d_update_ref"),
     },
-    "causal_conv1d.causal_conv1d_varlen": _of("conv", "causal_conv1d_varlen_states"),
+    "causal_conv1d.causal_conv1d_varlen": _of("conv", "causal_conv1d_varlen_states", "causal_conv1d_varlen_states_ref"),
     "causal_conv1d.cpp_functions": _of(
         "conv_functions", "causal_conv1d_fwd_function", "causal_conv1d_bwd_function", "causal_conv1d_update_function"
     ),

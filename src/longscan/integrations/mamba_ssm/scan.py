@@ -263,3 +263,15 @@ def _detached(tensor: Tensor | None) -> Tensor | None:
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     return F.rms_norm(x.to(wide), x.shape[-1:], weight.to(wide), eps).to(x.dtype)
+
+
+class SelectiveScanFn:
+    """`selective_scan_fn` for callers of mamba-ssm's autograd function, ``SelectiveScanFn.apply(u, delta, ...)``."""
+
+    apply = staticmethod(selective_scan_fn)
+
+
+class MambaInnerFn:
+    """`mamba_inner_fn` for callers of mamba-ssm's autograd function, ``MambaInnerFn.apply(xz, ...)``."""
+
+    apply = staticmethod(mamba_inner_fn)

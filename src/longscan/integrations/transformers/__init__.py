@@ -4,7 +4,8 @@
     hf.enable()     # MambaForCausalLM, Falcon Mamba, Jamba, Zamba: faster, the same outputs; hf.disable() undoes it
     hf.register()   # AutoModelForCausalLM.from_pretrained(a folder of LanguageModel.save_pretrained)
 
-With LONGSCAN_TRANSFORMERS=1 in the environment, importing this module enables and registers by itself.
+With LONGSCAN_TRANSFORMERS=1 in the environment, `import longscan` does both; a program that knows nothing of longscan
+runs with both by ``python -m longscan.integrations.transformers program.py``.
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ __all__ = [
     "register",
     "tokenizer_of",
 ]
+
+
+#: Looked at by `import longscan`, see :func:`enable_from_environment`.
+VARIABLE = "LONGSCAN_TRANSFORMERS"
 
 
 def register() -> None:
@@ -72,6 +77,18 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-if os.environ.get("LONGSCAN_TRANSFORMERS", "") == "1":
-    enable()
-    register()
+def enable_from_environment() -> None:
+    """Do what the environment variable LONGSCAN_TRANSFORMERS asks for: with 1 :func:`enable` and :func:`register`.
+
+    Raises:
+        ArgumentError: it is neither "1", "0" nor empty.
+        IntegrationError: as of those two.
+    """
+    from longscan.errors import ArgumentError
+
+    value = os.environ.get(VARIABLE, "")
+    if value not in ("", "0", "1"):
+        raise ArgumentError(f"{VARIABLE}: got {value!r}, allowed are 1 and 0")
+    if value == "1":
+        enable()
+        register()

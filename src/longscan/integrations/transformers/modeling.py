@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ class LongscanForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = LongscanConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    supports_gradient_checkpointing = False
+    supports_gradient_checkpointing = True
     _is_stateful = True
     _no_split_modules = ["Block"]  # noqa: RUF012 (so in the base class)
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
@@ -97,6 +98,8 @@ class LongscanForCausalLM(PreTrainedModel, GenerationMixin):
         ours = config.to_longscan()
         self.backbone = Backbone(ours)
         self.lm_head = nn.Linear(ours.d_model, ours.padded_vocab_size, bias=False)
+        # Transformers sets it, and with it the function that runs a layer so.
+        self.gradient_checkpointing = False
         self._keep_in_fp32_modules_strict = {
             name
             for name, tensor in (*self.named_parameters(), *self.named_buffers())
@@ -242,16 +245,24 @@ class LongscanForCausalLM(PreTrainedModel, GenerationMixin):
         batch, length = x.shape[:2]
         state = None if cache is None else cache.state or self.backbone.initial_state(batch)
         packing = packing_of(mask, length)
+        options: dict[str, Any] = {"streams": streams}
+        if self.gradient_checkpointing and self.training:
+            options["call"] = self._call_twice
         if packing is None:
-            hidden, after = self.backbone.mix(x, state, streams=streams)
+            hidden, after = self.backbone.mix(x, state, **options)
         else:
-            hidden, after = self.backbone.mix(packing.pack(x), state, cu_seqlens=packing.cu_seqlens, streams=streams)
+            hidden, after = self.backbone.mix(packing.pack(x), state, cu_seqlens=packing.cu_seqlens, **options)
             hidden = packing.hold(packing.unpack(hidden))
             if streams is not None:
                 streams[:] = [packing.unpack(stream) for stream in streams]
         if cache is not None:
             cache.state, cache.length = after, cache.length + length
         return hidden
+
+    def _call_twice(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """A layer whose inner results are not kept: the backward pass calls it again."""
+        run: Any = self._gradient_checkpointing_func
+        return run(partial(layer, **kwargs), *args)
 
     def _step(self, tokens: Tensor, mask: Tensor | None, cache: LongscanCache) -> Tensor | None:
         """Scores (batch, 1, vocabulary) after one token where nothing records gradients, else None."""

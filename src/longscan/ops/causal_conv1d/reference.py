@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from longscan.ops.checks import ACCUMULATION, row_offsets
+from longscan.ops.checks import ACCUMULATION, row_offsets, stacked
 
 
 def unsupported(*_: Tensor | None) -> str | None:
@@ -54,7 +54,7 @@ def forward(
         pre = _convolve(padded, weight, bias)
         rows[where[0]].append(F.silu(pre) if silu else pre)
         final.append(padded[padded.shape[0] - (width - 1) :])
-    return torch.stack([torch.cat(row) for row in rows]).to(x.dtype), torch.stack(final).to(x.dtype)
+    return stacked([torch.cat(row) for row in rows]).to(x.dtype), stacked(final).to(x.dtype)
 
 
 def backward(

@@ -208,16 +208,17 @@ def _decay_gradient(
     """Gradient of each step's log-decay, (batch, heads, chunks, C): step m decays what passes from before m to m or on.
 
     `within` holds what each (i, j) of a chunk gives to the loss per unit of its log-decay; a step gets the sum over
-    i >= m > j, as sums of rows less sums of columns (the diagonal is in both).
+    i >= m > j, of these terms themselves: sums of rows less sums of columns would lose it behind those of no gap.
     """
     assert part.a is not None
+    pairs = F.pad(within.cumsum(-1).tril_(-1).sum(-2)[..., :-1], (1, 0))
     # What the entering state gives at i, decayed by all steps up to i; what j gives to the leaving state, decayed by
     # all steps after j.
     from_start, to_end = (part.q * q_later).sum(-1), (part.k * k_later).sum(-1)
-    later = (within.sum(-1) - within.sum(-2) + from_start).flip(-1).cumsum(-1).flip(-1)
+    later = from_start.flip(-1).cumsum(-1).flip(-1)
     earlier = F.pad(to_end.cumsum(-1)[..., :-1], (1, 0))
     through = (before * after).sum((-1, -2)) * part.a
-    return later.add_(earlier).add_(through[..., None])
+    return pairs.add_(later).add_(earlier).add_(through[..., None])
 
 
 def _start(q: Tensor, v: Tensor, initial_state: Tensor | None, sequences: int) -> Tensor:

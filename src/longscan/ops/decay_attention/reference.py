@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longscan.ops.checks import ACCUMULATION, row_offsets
+from longscan.ops.checks import ACCUMULATION, row_offsets, stacked
 
 _CHUNK = 32
 
@@ -88,8 +88,8 @@ def forward(
             S = p.advance(t, S)
             rows[where[0]].append((p.q[t, :, :, None] * S).sum(1))
         final.append(S)
-    y = torch.stack([torch.stack(row) for row in rows])
-    return y if wide else y.to(v.dtype), torch.stack(final)
+    y = stacked([torch.stack(row) for row in rows])
+    return y if wide else y.to(v.dtype), stacked(final)
 
 
 def backward(

@@ -229,9 +229,12 @@ def gradient_kernel(
         dscores *= decays
         within = scores * dscores
         scores *= decays
-        # A step m decays what passes from before it to itself or on: sums over i >= m > j of a chunk's pairs, as sums
-        # of rows less sums of columns (the diagonal is in both), and what enters, leaves, or passes through.
-        onward = tl.sum(within, 1) - tl.sum(within, 0)
+        # A step m decays what passes from before it to itself or on: sums over i >= m > j of a chunk's pairs, of these
+        # terms themselves (row sums less column sums would lose them behind the diagonal), and what enters, leaves, or
+        # passes through.
+        i = tl.arange(0, CHUNK)
+        pairs = tl.sum(tl.where(i[:, None] > i[None, :], tl.cumsum(within, 0, reverse=True), 0.0), 1)
+        onward = tl.zeros((CHUNK,), tl.float32)
         leaving = tl.zeros((CHUNK,), tl.float32)
         through = 0.0
     else:
@@ -280,7 +283,7 @@ def gradient_kernel(
 
     if DECAY:
         i = tl.arange(0, CHUNK)
-        total = tl.cumsum(onward, 0, reverse=True) + (tl.cumsum(leaving, 0) - leaving)
+        total = pairs + tl.cumsum(onward, 0, reverse=True) + (tl.cumsum(leaving, 0) - leaving)
         total += through * tl.exp(all_whole + all_part)
         tl.store(dg + row * dg_row + (first + i) * dg_step + head * dg_head, total, mask=i < left)
 

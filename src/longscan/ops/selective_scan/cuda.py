@@ -23,12 +23,12 @@ CHUNK = 32
 # what flows into x, dt and z, are sums over states.
 _MOST = {False: 32, True: 16}
 
-# Steps of a tile of the pass that finds what flows out of a piece of time, and those whose states the backward pass
-# holds in registers.
-_FLOW_TILE, _SUB = 16, 4
+# Steps whose states the backward pass holds in registers.
+_SUB = 4
 
 # Warps of a block, and blocks that a multiprocessor has registers for.
-_FORWARD_WARPS, _FORWARD_BLOCKS = 4, 4
+_FORWARD_WARPS = 4
+_FLOW = {"AHEAD": 2, "WARPS": _FORWARD_WARPS, "RESIDENT": 4}
 _BACKWARD_WARPS, _BACKWARD_BLOCKS = 4, 2
 
 
@@ -130,17 +130,27 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
+def _forward_tile(lanes: int, numbers: int, channels: int) -> dict[str, int]:
+    """Macros that say how a forward pass is laid out, when a lane takes `numbers` and a group has `channels`."""
+    if numbers >= 8 or lanes == 1:
+        return {"TILE": 8 if lanes == 1 else 16, "AHEAD": 1, "RESIDENT": 3, "TEAM": 1}
+    alone = channels < 32 // lanes * _FORWARD_WARPS
+    ahead, resident = (3, 2) if numbers == 4 else (6, 1)
+    return {"TILE": 32, "AHEAD": ahead, "RESIDENT": resident, "TEAM": 1 if alone else _FORWARD_WARPS}
+
+
 def _forward(call: Call, split: Split, saved: Tensor | None) -> tuple[Tensor, Tensor]:
     """Output and final state; `saved` is written."""
     x = call.x
     y = call.new_result()
     # B and C that are constant in time take registers of their own.
     lanes, each = call.lanes(split.numbers if call.B.dim() == call.C.dim() == 4 else min(split.numbers, 8))
-    blocks = call.blocks(32 // lanes)
+    tile = _forward_tile(lanes, each * call.planes, call.channels // call.groups)
+    blocks = call.blocks(32 // lanes * tile["TEAM"])
     options = call.options(lanes, each, y)
     pieces = call.pieces(split.steps)
     items = pieces * call.groups * blocks
-    layout = {"TILE": 8 if lanes == 1 else 16, "CHUNK": CHUNK, "WARPS": _FORWARD_WARPS, "RESIDENT": _FORWARD_BLOCKS}
+    layout = {"CHUNK": CHUNK, "WARPS": _FORWARD_WARPS, **tile}
     ends, sums = (call.new_states(pieces), call.new_sums(pieces)) if split.steps else (None, None)
 
     def scan(output: bool, before: Tensor | None, final: Tensor | None) -> None:
@@ -150,7 +160,7 @@ def _forward(call: Call, split: Split, saved: Tensor | None) -> tuple[Tensor, Te
         tensors = (*given, y, before, final, saved, ends, sums)
         strides = (*steps(x, call.dt, call.z), *call.strides)
         arguments = (*addresses(*tensors, call.offsets), *strides, *call.sizes(blocks), split.steps, items)
-        run.launch(-(-items // _FORWARD_WARPS), 32 * _FORWARD_WARPS, arguments)
+        run.launch(-(-items * tile["TEAM"] // _FORWARD_WARPS), 32 * _FORWARD_WARPS, arguments)
 
     if ends is None or sums is None:
         final = call.new_states(call.sequences)
@@ -257,25 +267,17 @@ def _backward(call: Call, split: Split, dy: Tensor, dfinal: Tensor, saved: Tenso
     strides = (*steps(dy, x, call.dt, z), *call.strides)
     arguments = (*addresses(*given, *found, call.offsets), *strides, *call.sizes(blocks), split.steps, call.tokens)
     run.launch(pieces * call.groups * blocks, 32 * warps, arguments)
-    return Gradients(
-        x=dx,
-        dt=ddt,
-        z=dz,
-        D=None if call.D is None else dD.sum(0),
-        dt_bias=None if call.dt_bias is None else dbias.sum(0),
-        A=[dA.sum(0)],
-        B=[_collect(dB, call.B)],
-        C=[_collect(dC, call.C)],
-        initial=[dinitial],
-    )
+    grad_A, grad_B, grad_C, grad_D, grad_bias = _collect(call, options, pieces, dA, dB, dC, dD, dbias)
+    return Gradients(dx, ddt, dz, grad_D, grad_bias, [grad_A], [grad_B], [grad_C], [dinitial])
 
 
 def _flows(call: Call, options: dict[str, int], dy: Tensor, dfinal: Tensor, span: int) -> tuple[Tensor, Tensor]:
     """What flows into each piece of `span` steps at its end, and out of each sequence at its start."""
-    pieces, blocks = call.pieces(span), call.blocks(32 // options["LANES"])
+    lanes = options["LANES"]
+    pieces, blocks = call.pieces(span), call.blocks(32 // lanes)
     items = pieces * call.groups * blocks
     local, sums = call.new_states(pieces), call.new_sums(pieces)
-    run = call.kernel("scan_flow.cu", "scan_flow", {**options, "TILE": _FLOW_TILE, "WARPS": _FORWARD_WARPS})
+    run = call.kernel("scan_flow.cu", "scan_flow", {**options, "TILE": 8 if lanes == 1 else 16, **_FLOW})
     tensors = addresses(dy, call.dt, call.z, call.A, call.C, call.dt_bias, local, sums, call.offsets)
     strides = (*steps(dy, call.dt, call.z), *call.strides[3:])
     *sizes, _, c_share = call.sizes(blocks)
@@ -283,13 +285,22 @@ def _flows(call: Call, options: dict[str, int], dy: Tensor, dfinal: Tensor, span
     return call.chain(options, local, sums, dfinal, span, reverse=True)
 
 
-def _collect(partial: Tensor, like: Tensor) -> Tensor:
-    """The sum of the partial sums of B's or C's gradient, in its shape and dtype."""
-    total = partial.sum(0)
-    if like.dim() == 4:
-        real, imaginary = total[..., 0, : like.shape[-1]], total[..., -1, : like.shape[-1]]
-        total = (torch.complex(real, imaginary) if like.is_complex() else real).reshape(like.shape)
-    return total.to(like.dtype)
+def _collect(
+    call: Call, options: dict[str, int], pieces: int, dA: Tensor, dB: Tensor, dC: Tensor, dD: Tensor, dbias: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The gradients of A, B, C, D and the dt bias, from their summands."""
+    A, B, C = (torch.empty(like.shape, dtype=like.dtype, device=like.device) for like in (call.A, call.B, call.C))
+    D, bias = (None if like is None else torch.empty_like(like) for like in (call.D, call.dt_bias))
+    own = call.channels * call.states * call.planes
+    b_parts, c_parts = dB.shape[0], dC.shape[0]
+    # Constant ones lie as A does, complex numbers as pairs.
+    b_count, c_count = (own if part.dim() == 3 else part[0].numel() for part in (dB, dC))
+    vector = 1 if any(count % 4 for count in (own, b_count, c_count, call.channels)) else 4
+    run = call.kernel("scan_collect.cu", "scan_collect", {**options, "VECTOR": vector})
+    tensors = addresses(dA, dB, dC, dD, dbias, A, B, C, D, bias)
+    sizes = (pieces, b_parts, c_parts, b_count, c_count, call.channels, call.states)
+    run.launch(-(-(b_count + c_count + own + call.channels) // (128 * vector)), 128, (*tensors, *sizes))
+    return A, B, C, D, bias
 
 
 def update(

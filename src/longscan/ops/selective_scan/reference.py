@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longscan.ops.checks import ACCUMULATION, row_offsets
+from longscan.ops.checks import ACCUMULATION, row_offsets, stacked
 
 
 def chunk_length(state: int) -> int:
@@ -139,10 +139,10 @@ def forward(
             y = p.read(t, h)
             rows[where[0]].append(y if D is None else y + D * p.x[t])
         final.append(h)
-    out = torch.stack([torch.stack(row) for row in rows])
+    out = stacked([torch.stack(row) for row in rows])
     if z is not None:
         out = out * torch.nn.functional.silu(z.to(real))
-    return out.to(x.dtype), torch.stack(final), checkpoints
+    return out.to(x.dtype), stacked(final), checkpoints
 
 
 def backward(

@@ -166,10 +166,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) scan_backward
 #pragma unroll
     for (int n = 0; n < NUMBERS + NUMBERS % 2; n++) pick[n] = lane / 4 == n ? 1.f : 0.f;
 
-    const Copier<TILE, CHANNELS, 32, ALIGNED, number> copy_dy(dy, dy_step, width, lane), copy_x(x, x_step, width, lane);
-    const Copier<TILE, CHANNELS, 32, ALIGNED, number> copy_dt(dt, dt_step, width, lane), copy_z(z, z_step, width, lane);
-    const Copier<TILE, RAW, 32 * WARPS, ALIGNED, coefficient> copy_b(B, b_step, state_size, threadIdx.x);
-    const Copier<TILE, RAW, 32 * WARPS, ALIGNED, coefficient> copy_c(C, c_step, state_size, threadIdx.x);
+    int t = (count - 1) / TILE * TILE, half = 0, parity = 0;
+    Copier<TILE, CHANNELS, 32, ALIGNED, number, -1> copy_dy(dy, dy_step, width, lane, t), copy_x(x, x_step, width, lane, t);
+    Copier<TILE, CHANNELS, 32, ALIGNED, number, -1> copy_dt(dt, dt_step, width, lane, t), copy_z(z, z_step, width, lane, t);
+    Copier<TILE, RAW, 32 * WARPS, ALIGNED, coefficient, -1> copy_b(B, b_step, state_size, threadIdx.x, t);
+    Copier<TILE, RAW, 32 * WARPS, ALIGNED, coefficient, -1> copy_c(C, c_step, state_size, threadIdx.x, t);
     auto prefetch = [&](int t, int half) {
         copy_dy(&w.dy[half][0][0], t, count);
         copy_x(&w.x[half][0][0], t, count);
@@ -180,7 +181,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) scan_backward
         commit_copies();
     };
 
-    int t = (count - 1) / TILE * TILE, half = 0, parity = 0;
     dx += t * channels, ddt += t * channels;
     if (HAS_Z) dz += t * channels;
     if (B_STEP) dB += t * b_groups * RAW;

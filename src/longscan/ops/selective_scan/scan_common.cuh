@@ -47,10 +47,17 @@ DEVICE float sum_parts(float (&values)[LANES], int part) {
 
 // ---- Copies to shared memory ----
 
-DEVICE void copy_async(void* to, const void* from, bool inside) {
-    u32 address = (u32)__cvta_generic_to_shared(to);
-    int bytes = inside ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes));
+// Nothing happens without `wanted`, written as a predicate since the compiler moves nothing over a jump; zeros without `inside`.
+template <int BYTES>
+DEVICE void copy_async(void* to, const void* from, bool inside, bool wanted) {
+    const u32 address = (u32)__cvta_generic_to_shared(to);
+    const int bytes = inside ? BYTES : 0;
+    if constexpr (BYTES == 16)
+        asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %3, 0;\n@p cp.async.cg.shared.global [%0], [%1], 16, %2;\n}" ::"r"(address),
+            "l"(from), "r"(bytes), "r"((int)wanted));
+    else
+        asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %4, 0;\n@p cp.async.ca.shared.global [%0], [%1], %2, %3;\n}" ::"r"(address),
+            "l"(from), "n"(BYTES), "r"(bytes), "r"((int)wanted));
 }
 
 DEVICE void commit_copies() { asm volatile("cp.async.commit_group;"); }
@@ -60,42 +67,43 @@ DEVICE void await_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING));
 }
 
-// Copies tiles of STEPS rows of COLUMNS elements, one tile after the other, zeros where a row or column is not there.
-// `THREADS` threads copy together, 16 bytes at a time where `ALIGNED16`, for which `columns` must be whole vectors.
-template <int STEPS, int COLUMNS, int THREADS, bool ALIGNED16, typename T>
+// Copies tiles of STEPS rows of COLUMNS elements, zeros where a row or column is not there: the first one begins at `first`, each
+// next one lies ORDER (1 or -1) times STEPS rows further. `THREADS` threads copy together; without them waiting, and up to 16 bytes
+// at a time, where rows are ALIGNED16, for which `columns` must be whole vectors.
+template <int STEPS, int COLUMNS, int THREADS, bool ALIGNED16, typename T, int ORDER = 1>
 struct Copier {
-    static constexpr bool FAST = ALIGNED16 && (COLUMNS * sizeof(T)) % 16 == 0;
-    static constexpr int EACH = FAST ? 16 / sizeof(T) : 1, PER_ROW = COLUMNS / EACH, COUNT = STEPS * PER_ROW;
-    static constexpr int ROUNDS = (COUNT + THREADS - 1) / THREADS;
-    const T* from;
+    static constexpr int ROW = COLUMNS * sizeof(T), BYTES = ROW < 16 ? ROW : 16;
+    static constexpr bool FAST = ALIGNED16 && BYTES >= 4 && (BYTES & (BYTES - 1)) == 0 && ROW % BYTES == 0;
+    static constexpr int EACH = FAST ? BYTES / sizeof(T) : 1, PER_ROW = COLUMNS / EACH, COUNT = STEPS * PER_ROW;
+    static constexpr int ROUNDS = (COUNT + THREADS - 1) / THREADS, ROWS = THREADS / PER_ROW;
+    const T* at;
     i64 stride;
-    int first, column, place, limit;
+    int row, place, limit;
     bool inside;
 
-    DEVICE Copier(const T* from_, i64 stride_, int columns, int thread)
-        : from(from_), stride(stride_), first(thread / PER_ROW), column(thread % PER_ROW * EACH), limit(columns) {
+    DEVICE Copier(const T* from, i64 stride_, int columns, int thread, int first)
+        : stride(stride_), row(FAST ? thread / PER_ROW : 0), place(thread * EACH), limit(columns) {
+        const int column = FAST ? thread % PER_ROW * EACH : 0;
+        at = from + (first + row) * stride + column;
         inside = column < columns && (COUNT % THREADS == 0 || thread < COUNT);
-        place = thread * EACH;
     }
 
-    // Tile that begins at step t of `count`.
-    DEVICE void operator()(T* to, int t, int count) const {
+    // The next tile, which begins at step t of `count`.
+    DEVICE void operator()(T* to, int t, int count) {
         static_assert(THREADS % PER_ROW == 0 || ROUNDS == 1 || !FAST, "every round copies whole rows");
         if constexpr (FAST) {
-            const T* at = from + (t + first) * stride + column;
 #pragma unroll
-            for (int i = 0; i < ROUNDS; i++) {
-                constexpr int ROWS = THREADS / PER_ROW;
-                bool here = inside && t + first + i * ROWS < count;
-                if (COUNT % THREADS == 0 || place + i * THREADS * EACH < COUNT * EACH)
-                    copy_async(to + place + i * THREADS * EACH, here ? at + i * ROWS * stride : from, here);
-            }
+            for (int i = 0; i < ROUNDS; i++)
+                copy_async<BYTES>(
+                    to + place + i * THREADS * EACH, at + i * ROWS * stride, inside && t + row + i * ROWS < count,
+                    COUNT % THREADS == 0 || place + i * THREADS * EACH < COUNT * EACH);
         } else {
             for (int i = place; i < COUNT; i += THREADS) {
-                int row = i / COLUMNS, at = i % COLUMNS;
-                to[i] = t + row < count && at < limit ? from[(t + row) * stride + at] : (T)0;
+                const int r = i / COLUMNS, column = i % COLUMNS;
+                to[i] = t + r < count && column < limit ? at[r * stride + column] : (T)0;
             }
         }
+        at += ORDER * STEPS * stride;
     }
 };
 
@@ -253,6 +261,39 @@ DEVICE void widen_rows(float* to, const coefficient* from, int thread) {
         }
     }
 }
+
+// The same in ROUNDS rounds, each of which loads and, later, stores.
+template <int STEPS, int THREADS>
+struct Widener {
+    static constexpr int COUNT = STEPS * RAW / 2, ROUNDS = (COUNT + THREADS - 1) / THREADS;
+    int thread;
+    float2 value;
+
+    DEVICE Widener(int thread_) : thread(thread_) {}
+    DEVICE bool has(int i) const { return COUNT % THREADS == 0 || i < COUNT; }
+
+    DEVICE void load(const coefficient* from, int round) {
+        const int i = round * THREADS + thread;
+        if (!has(i)) return;
+#if COMPLEX
+        value = *(const float2*)(from + 2 * i);
+#else
+        value = widen_pair(from + 2 * i);
+#endif
+    }
+
+    DEVICE void store(float* to, int round) const {
+        const int i = round * THREADS + thread;
+        if (!has(i)) return;
+#if COMPLEX
+        const int row = i / WIDTH, state = i % WIDTH;
+        to[row * RAW + state] = value.x;
+        to[row * RAW + WIDTH + state] = value.y;
+#else
+        *(float2*)(to + 2 * i) = value;
+#endif
+    }
+};
 
 DEVICE Pair of(const Share& share, int n) {
 #if COMPLEX

@@ -25,7 +25,7 @@ def vandermonde(weights: Tensor, log_A_bar: Tensor, length: int, *, backend: str
             state h still gives out.
         log_A_bar: (channels, N) complex: logarithms, from which every power is exact.
         length: number of places, at least 1.
-        backend: "auto" (None), "reference" or "chunked"; a name never falls back to another.
+        backend: "auto" (None), "chunked", "triton" (complex64) or "reference"; a name never falls back to another.
 
     Returns:
         (..., channels, length), float32, or float64 if an argument is complex128. Carries gradients of weights and
@@ -34,7 +34,7 @@ def vandermonde(weights: Tensor, log_A_bar: Tensor, length: int, *, backend: str
     Precision: in float32 an angle :math:`l\, \mathrm{Im} \log \bar A_n` is rounded once, by 6e-8 of its size.
 
     Cost: of order N length operations a channel; of the powers only of order N sqrt(length) are ever in memory
-    ("reference": all), and nothing but the arguments is kept for the backward pass.
+    ("triton": none, "reference": all), and nothing but the arguments is kept for the backward pass.
 
     Raises:
         ArgumentError: a shape, dtype, device or the length is not allowed.
