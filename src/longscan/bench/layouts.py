@@ -26,6 +26,9 @@ from longscan.training import Ranks, TrainConfig
 from longscan.training.optimizers import Optimizers
 from longscan.training.parallel import lay_out
 
+# Of the operators of torch.distributed, those that send nothing; and messages, which parts of sequences count themselves.
+_SILENT = ("wait_tensor", "_wrap_tensor_autograd", "barrier", "send", "recv_")
+
 AXES = "processes,layers,d_model,vocabulary,batch,length"
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -158,7 +161,7 @@ class _Sent(TorchDispatchMode):
         elif name in ("all_reduce", "all_reduce_"):
             size = dist.distributed_c10d._resolve_process_group(args[-1]).size()
             self.bytes += 2 * _size(args[0]) * (size - 1) / size
-        elif name not in ("wait_tensor", "send", "recv_", "barrier"):  # parts count their own messages
+        elif name not in _SILENT:
             raise ArgumentError(f"what {name} sends is not known")
 
 
