@@ -26,7 +26,7 @@ from longscan.training import Ranks, TrainConfig
 from longscan.training.optimizers import Optimizers
 from longscan.training.parallel import lay_out
 
-# Of the operators of torch.distributed, those that send nothing; and messages, which parts of sequences count themselves.
+# Operators of torch.distributed that send nothing, and messages, which parts of sequences count themselves.
 _SILENT = ("wait_tensor", "_wrap_tensor_autograd", "barrier", "send", "recv_")
 
 AXES = "processes,layers,d_model,vocabulary,batch,length"
