@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from longscan.bench import Settings, chunks, parts
+from longscan.bench import Settings, chunks, layouts, parts
 from longscan.errors import ArgumentError
 
 
@@ -24,3 +24,20 @@ def test_what_every_mixer_sends() -> None:
     assert rows["mamba"].value == 4 * 32 * (2 * 2 * 16 + 3) / 1e3
     with pytest.raises(ArgumentError, match="between processes on CPUs"):
         parts.run(Settings(device="cuda"))
+
+
+def test_what_layouts_send_and_hold() -> None:
+    """As docs/scaling.md says it: bytes a parameter, whatever the tokens, but with channels over processes."""
+    found = {
+        length: {row.contender: row for row in layouts.measure((2, 2, 32, 64, 2, length), Settings())}
+        for length in (16, 32)
+    }
+    sent = {name: [found[length][name].value for length in (16, 32)] for name in found[16]}
+    assert all(short is not None for short, _ in sent.values())
+    assert sent["ddp"][0] == sent["ddp"][1]
+    assert sent["fsdp"][0] == sent["fsdp"][1]
+    # Around a ring of two a half goes once for a gathering, twice for a sum.
+    assert found[16]["ddp"].note.startswith("4.00 bytes a parameter; holds 16.")
+    assert found[16]["fsdp"].note.startswith("6.")
+    assert sent["tensor parallel"][1] == pytest.approx(2 * sent["tensor parallel"][0], rel=0.01)
+    assert sent["sequence parallel, ddp"][0] == sent["sequence parallel, ddp"][1] > sent["ddp"][0]

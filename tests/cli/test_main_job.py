@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def start(place: Path, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+def start(place: Path, *arguments: str, python: Sequence[str] = ("-m", "longscan")) -> subprocess.Popen[str]:
+    """longscan with some arguments, by Python's own ones."""
     environment = os.environ | {"LONGSCAN_CACHE": str(place / "cache"), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    command = [sys.executable, "-m", "longscan", *arguments]
+    command = [sys.executable, *python, *arguments]
     return subprocess.Popen(
-        command, cwd=place, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
+        command, cwd=place, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
 
 

@@ -15,6 +15,8 @@ import torch
 
 from longscan.models import LanguageModel
 from longscan.nn.storage import load_tensors
+from longscan.tasks.bpe import learn_bpe
+from longscan.tasks.sources import open_source
 from tests.models.small import make
 
 FALCON: dict[str, Any] = {"mixer_options": {"selection_norm_eps": 1e-6}}
@@ -130,3 +132,18 @@ def test_llama_cpp_knows_every_tensor(kind: str, tmp_path: Path) -> None:
     assert None not in found
     tied = {gguf.MODEL_TENSOR.OUTPUT} if config["tie_word_embeddings"] else set()
     assert {*found, *tied} == set(gguf.MODEL_TENSORS[architecture])
+
+
+def test_a_runs_tokenizer_is_read_beside_the_model(tmp_path: Path) -> None:
+    """As docs/scaling.md has it: tokenizer.json alone, next to the configuration."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("tokenizers")
+    text, folder = tmp_path / "text", tmp_path / "model"
+    text.write_text("def double(x):\n    return 2 * x\n" * 99)
+    tokenizer = learn_bpe("bpe:280", open_source(str(text)), held_out=0.2, cache=tmp_path)
+    make(vocab_size=tokenizer.vocab_size).save_pretrained(folder, format="transformers")
+    tokenizer.save(folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(str(folder))
+    words = "def double(x): return x"
+    assert theirs(words).input_ids == tokenizer.encode(words.encode()).tolist()
+    assert theirs.decode(theirs(words).input_ids) == words

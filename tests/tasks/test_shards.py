@@ -120,6 +120,20 @@ def test_damage_is_refused_by_name(corpus: Corpus, name: str, how: str) -> None:
         open_corpus(corpus.folder)
 
 
+def test_a_shard_that_is_cut_short_while_it_is_read(corpus: Corpus) -> None:
+    """It is named; a file that was deleted, or replaced by another, is still mapped."""
+    path = corpus.folder / "train-00000.bin"
+    os.truncate(path, 3)
+    with pytest.raises(DataError, match=rf"{path} was cut short meanwhile: 3 of \d+ bytes"):
+        corpus.train[:8]
+    held_out = corpus.folder / "held_out-00000.bin"
+    before = np.array(corpus.held_out)
+    held_out.rename(corpus.folder / "kept")
+    np.testing.assert_array_equal(corpus.held_out[:], before)
+    held_out.write_bytes(b"other")
+    np.testing.assert_array_equal(corpus.held_out[:], before)
+
+
 def test_ranks_share_the_reading(corpus: Corpus) -> None:
     damage(corpus.folder / "train-00002.bin", "changed")
     refused = []

@@ -17,7 +17,8 @@ import torch
 from longscan.errors import ConfigError
 from longscan.models import LanguageModel
 from longscan.training.checkpoint import read_weights
-from longscan.training.distributed import join
+from longscan.training.distributed import Ranks, join
+from longscan.training.parallel import shards_mesh
 from longscan.training.sealed import list_checkpoints, newest_sound, read_about
 from tests.training.helpers import history, make_trainer
 from tests.training.worker import CASES, config_of
@@ -139,6 +140,20 @@ def test_a_full_disk_of_one_process_stops_all_with_nothing_lost(two: Path) -> No
     assert [path.name for path in (two / "full" / "checkpoints").iterdir()] == ["step-00000001"]
 
 
+def test_replicas_of_shards_equal_one(tmp_path: Path) -> None:
+    """2 x 2 processes; then one goes on from a checkpoint of theirs, in which no shard is there twice."""
+    torchrun(4, tmp_path, "cpu", "hybrid")
+    config = config_of("hybrid")
+    make_trainer(tmp_path / "one", config)[0].run()
+    assert_same_run(tmp_path / "hybrid", tmp_path / "one")
+    copy_until(tmp_path / "hybrid", tmp_path / "resumed", 3)
+    size = sum(path.stat().st_size for path in (tmp_path / "resumed" / "checkpoints" / "step-00000003").iterdir())
+    alone = sum(path.stat().st_size for path in (tmp_path / "one" / "checkpoints" / "step-00000003").iterdir())
+    assert size < 1.5 * alone
+    make_trainer(tmp_path / "resumed", config)[0].run()
+    assert_same_run(tmp_path / "resumed", tmp_path / "one")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_equal_one(tmp_path: Path) -> None:
@@ -155,6 +170,13 @@ def test_two_gpus_equal_one(tmp_path: Path) -> None:
     copy_until(tmp_path / "saved", tmp_path / "resumed", 3)
     make_trainer(tmp_path / "resumed", config_of("saved"), device=device)[0].run()
     assert_same_run(tmp_path / "resumed", tmp_path / "one" / "saved", 5e-5)
+
+
+def test_replicas_that_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="needs parallel = fsdp"):
+        dataclasses.replace(config_of("ddp"), replicas=2)
+    with pytest.raises(ConfigError, match="must divide the processes; got 2 and 3"):
+        shards_mesh(Ranks(0, 3), 2, torch.device("cpu"))
 
 
 def test_sequences_that_cannot_be_shared(tmp_path: Path) -> None:

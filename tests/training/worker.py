@@ -30,10 +30,12 @@ CASES: dict[str, dict[str, Any]] = {
     # A checkpoint is written during every step, and all are kept.
     "saved": {"parallel": "fsdp", "carry_state": True, "checkpoint_minutes": 1e-9, "keep_checkpoints": 9},
 }
+# Four processes: two replicas, each in two shards.
+HYBRID = {"parallel": "fsdp", "replicas": 2, "accumulate": 1, "checkpoint_minutes": 1e-9, "keep_checkpoints": 9}
 
 
 def config_of(case: str) -> TrainConfig:
-    return dataclasses.replace(BASE, **CASES[case])
+    return dataclasses.replace(BASE, **(HYBRID if case == "hybrid" else CASES[case]))
 
 
 def cases(root: Path, ranks: Ranks, device: torch.device) -> None:
@@ -44,6 +46,13 @@ def cases(root: Path, ranks: Ranks, device: torch.device) -> None:
         whole = gather(model, ranks)
         if whole is not None and ranks.first:
             whole.save_pretrained(root / name / "model")
+
+
+def hybrid(root: Path, ranks: Ranks, device: torch.device) -> None:
+    trainer, model = make_trainer(root / "hybrid", config_of("hybrid"), ranks=ranks, device=device)
+    placements = model.backbone.norm_f.weight.placements  # type: ignore[union-attr]
+    assert [type(placement).__name__ for placement in placements] == ["Replicate", "Shard"]
+    assert trainer.run()
 
 
 def full_disk(root: Path, ranks: Ranks, device: torch.device) -> None:
@@ -78,7 +87,7 @@ def go_on(root: Path, ranks: Ranks, device: torch.device) -> None:
         (root / f"{name}-{ranks.rank}.json").write_text(json.dumps(observer.warnings))
 
 
-PARTS = {"cases": cases, "full_disk": full_disk, "go_on": go_on}
+PARTS = {"cases": cases, "hybrid": hybrid, "full_disk": full_disk, "go_on": go_on}
 
 
 def main(folder: str, device: str, *parts: str) -> None:

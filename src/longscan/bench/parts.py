@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from longscan.bench.contest import Settings, describe
 from longscan.bench.kept import Kept
 from longscan.bench.report import Report, Row
+from longscan.bench.spawned import spawned
 from longscan.errors import ArgumentError
 from longscan.mixers import MIXERS, make_mixer
 from longscan.nn.sequence_parallel import sequence_parallel
@@ -41,9 +38,7 @@ def measure(shape: tuple[int, ...], names: tuple[str, ...], settings: Settings) 
     """The rows of some mixers at one shape."""
     processes, length, _ = shape
     settings.progress(f"{describe(shape, 'float32')}: {len(names)} mixers")
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_process, (folder, shape, names, settings.seed), nprocs=processes)
-        found = [json.loads((Path(folder) / f"found-{rank}").read_text()) for rank in range(processes)]
+    found = spawned(_worker, processes, shape, names, settings.seed)
     rows = []
     for name in names:
         own: list[dict[str, Any]] = [each[name] for each in found]
@@ -58,10 +53,8 @@ def measure(shape: tuple[int, ...], names: tuple[str, ...], settings: Settings) 
     return rows
 
 
-def _process(rank: int, folder: str, shape: tuple[int, ...], names: tuple[str, ...], seed: int) -> None:
-    processes, length, d_model = shape
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes)
+def _worker(shape: tuple[int, ...], names: tuple[str, ...], seed: int) -> dict[str, Any]:
+    _, length, d_model = shape
     found: dict[str, Any] = {}
     for name in names:
         torch.manual_seed(seed)
@@ -81,5 +74,4 @@ def _process(rank: int, folder: str, shape: tuple[int, ...], names: tuple[str, .
         except ArgumentError as error:
             found[name] = {"refused": str(error)}
         dist.barrier()
-    (Path(folder) / f"found-{rank}").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    return found

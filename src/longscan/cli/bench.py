@@ -50,6 +50,7 @@ class Options:
             "mixers",
             "chunks",
             "parts",
+            "layouts",
         ],
         tyro.conf.Positional,
     ]
@@ -57,14 +58,16 @@ class Options:
     Transformers' own models with Mamba layers, by themselves and enabled; memory while a model is read; the scan
     against attention by length; generation against a Transformer by batch; memory of training by batch (GPU);
     outer-product recurrences with decay; first-order recurrences; every mixer by length; memory of one long sequence at
-    once and by chunks; bytes that every mixer exchanges where processes share sequences (CPU)."""
+    once and by chunks; bytes that every mixer exchanges where processes share sequences (CPU); bytes that a training
+    step exchanges and holds, by how the model is laid over processes (CPU)."""
 
     shape: tuple[str, ...] = ()
     """Shapes such as 1,2048,1536,16. Axes: scan and lengths batch,length,channels,state; block batch,length,d_model;
     train and memory layers,d_model,vocabulary,batch,length; prefill layers,d_model,vocabulary,tokens; decode and
     families layers,d_model,vocabulary,batch,tokens; loading layers,d_model,vocabulary; throughput
     layers,d_model,vocabulary,batch,prompt,tokens; decay batch,length,heads,d_k,d_v; linear-scan batch,length,channels;
-    mixers batch,length,d_model; chunks layers,d_model,vocabulary,length,chunk; parts processes,length,d_model."""
+    mixers batch,length,d_model; chunks layers,d_model,vocabulary,length,chunk; parts processes,length,d_model;
+    layouts processes,layers,d_model,vocabulary,batch,length."""
 
     size: tuple[Literal["130m", "370m", "790m", "1.4b", "2.8b"], ...] = ()
     """Instead of shapes of whole models: their default shapes, at published sizes."""

@@ -85,22 +85,24 @@ class Tokens:
         shards: in the order of the row.
 
     Raises:
-        DataError: a file is missing or of another size.
+        DataError: a file is missing or of another size; or, when it is read, was cut short since.
     """
 
     def __init__(self, folder: Path, dtype: str, shards: Sequence[Shard]) -> None:
         self.dtype = np.dtype(dtype)
         self._maps: list[np.ndarray] = []
+        self._files: list[tuple[Path, os.stat_result]] = []
         for shard in shards:
             path = folder / shard.file
             try:
-                found = path.stat().st_size
+                found = path.stat()
             except OSError as error:
                 raise DataError(f"the shard {path} is missing or unreadable: {error.strerror or error}") from error
             expected = shard.tokens * self.dtype.itemsize
-            if found != expected:
-                raise DataError(f"the shard {path} is damaged: it has {found} bytes, {expected} were written")
+            if found.st_size != expected:
+                raise DataError(f"the shard {path} is damaged: it has {found.st_size} bytes, {expected} were written")
             self._maps.append(np.memmap(path, dtype=self.dtype, mode="r"))
+            self._files.append((path, found))
         self._ends = np.cumsum([0] + [shard.tokens for shard in shards], dtype=np.int64)
 
     def __len__(self) -> int:
@@ -116,11 +118,24 @@ class Tokens:
         first = int(np.searchsorted(self._ends, start, side="right")) - 1
         parts = []
         while start < stop:
+            self._check(first)
             begin, end = self._ends[first], min(stop, int(self._ends[first + 1]))
             parts.append(self._maps[first][start - begin : end - begin])
             start, first = end, first + 1
         # A window inside of one file is not copied.
         return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.empty(0, self.dtype)
+
+    def _check(self, number: int) -> None:
+        """Reading past the end of a file that was cut short under its map would end the process without a word."""
+        path, before = self._files[number]
+        try:
+            now = path.stat()
+        except OSError:
+            return  # the map outlives the name
+        if now.st_ino == before.st_ino and now.st_size < before.st_size:
+            raise DataError(
+                f"the shard {path} was cut short meanwhile: {now.st_size} of {before.st_size} bytes are left"
+            )
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self[:], dtype=dtype)

@@ -163,7 +163,8 @@ class Checkpoints:
             checkpoint.
 
         Raises:
-            CheckpointError: it is of another model, optimiser, or one that cannot be cut for so many processes.
+            CheckpointError: it is of another model, optimiser, or one that cannot be cut for so many processes; or it
+                does not say what a run needs.
         """
         if self._ranks.first:
             sweep(self._root)
@@ -181,8 +182,12 @@ class Checkpoints:
         else:
             _read_shards(path, model, optimizers, self._group)
         states = _read_states(path, names, self._ranks, accumulate)
-        _set_random_numbers(about["random"])
-        return int(about["step"]), states and [state.to(device) for state in states], dict(about["progress"])
+        try:
+            _set_random_numbers(about["random"])
+            step, progress = int(about["step"]), dict(about["progress"])
+        except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+            raise CheckpointError(f"{path} does not say what a run needs to go on: {error!r}") from error
+        return step, states and [state.to(device) for state in states], progress
 
 
 def _weights(model: LanguageModel) -> dict[str, Tensor]:

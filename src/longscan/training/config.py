@@ -56,6 +56,9 @@ class TrainConfig:
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Of several processes: "ddp": each has the whole model; "fsdp": parameters, gradients and what the optimiser keeps
     are split over them (FSDP2), a layer is whole only while it computes. The losses are the same."""
+    replicas: int = 1
+    """With `parallel = "fsdp"`: so many groups of neighbouring processes, each with all shards (hybrid sharding).
+    Layers travel within a group, such as a machine; between groups only the gradients of the shards do."""
     cuda_graph: bool = True
     """On one GPU, capture forward and backward as a CUDA graph; without effect elsewhere and with `compile`."""
     sequence_parallel: int = 1
@@ -92,6 +95,7 @@ class TrainConfig:
             "sequence_length",
             "accumulate",
             "sequence_parallel",
+            "replicas",
             "log_every",
             "keep_checkpoints",
         ):
@@ -124,6 +128,8 @@ class TrainConfig:
             raise ConfigError(
                 "compile is of the whole model; with recompute or parallel = fsdp take compile_blocks alone"
             )
+        if self.replicas > 1 and self.parallel != "fsdp":
+            raise ConfigError(f"replicas is {self.replicas}, of shards: it needs parallel = fsdp")
         if self.sequence_length % self.sequence_parallel:
             raise ConfigError(
                 f"sequence_parallel must divide sequence_length; got {self.sequence_parallel} and "

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from longscan.errors import ConfigError, TrainingError
+from longscan.errors import CheckpointError, ConfigError, TrainingError
 from longscan.training.checkpoint import Checkpoints
 from longscan.training.config import TrainConfig
 from longscan.training.distributed import Ranks
@@ -116,11 +116,17 @@ class Trainer:
         if found is None:
             return 0, 0.0
         step, stepper.states, progress = found
-        if stepper.guard is not None and "guard" in progress:
-            stepper.guard.load(progress["guard"])
-        if progress.get("best") is not None:
-            self._best = int(progress["best"][0]), float(progress["best"][1])
-        return step, float(progress["seconds"])
+        try:
+            if stepper.guard is not None and "guard" in progress:
+                stepper.guard.load(progress["guard"])
+            if progress.get("best") is not None:
+                self._best = int(progress["best"][0]), float(progress["best"][1])
+            return step, float(progress["seconds"])
+        except (LookupError, TypeError, ValueError, OverflowError) as error:
+            raise CheckpointError(
+                f"{self._folder / CHECKPOINTS_FOLDER}: the checkpoint of step {step} does not say how far the run was: "
+                f"{error!r}"
+            ) from error
 
     def _train(self, step: int, elapsed: float) -> bool:
         config = self._config

@@ -51,13 +51,26 @@ def lay_out(model: LanguageModel, config: TrainConfig, ranks: Ranks, device: tor
         if config.recompute:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
     if ranks.size > 1 and config.parallel == "fsdp":
-        from torch.distributed.device_mesh import init_device_mesh
-
-        shard(model, init_device_mesh(device.type, (ranks.size,), mesh_dim_names=("data",)))
+        shard(model, shards_mesh(ranks, config.replicas, device))
         return Loss(model)
     loss = Loss(model)
     net = torch.compile(loss) if config.compile else loss
     return DistributedDataParallel(net, broadcast_buffers=False) if ranks.size > 1 else net
+
+
+def shards_mesh(ranks: Ranks, replicas: int, device: torch.device) -> DeviceMesh:
+    """All processes as (shards,) or, with several replicas, as (replicas, shards); neighbours share a replica.
+
+    Raises:
+        ConfigError: the processes cannot be divided so.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if ranks.size % replicas:
+        raise ConfigError(f"replicas must divide the processes; got {replicas} and {ranks.size} processes")
+    sizes, names = (replicas, ranks.size // replicas), ("replicas", "shards")
+    first = 0 if replicas > 1 else 1
+    return init_device_mesh(device.type, sizes[first:], mesh_dim_names=names[first:])
 
 
 def sequence_group(ranks: Ranks, size: int) -> Any:
@@ -76,7 +89,8 @@ def sequence_group(ranks: Ranks, size: int) -> Any:
 
 
 def shard(model: LanguageModel, mesh: DeviceMesh) -> None:
-    """Split parameters, gradients and what optimisers keep over a mesh (FSDP2), one group a layer.
+    """Split parameters, gradients and what optimisers keep over a mesh (FSDP2), one group a layer; over the last
+    dimension of a mesh of two, of which the first has replicas.
 
     A layer's parameters are whole only while it computes. They travel and are added up in float32, and become bfloat16
     where autocast says so, as in one process: a group of one dtype would make A, D and the bias of dt bfloat16 too.
