@@ -23,7 +23,6 @@ from longscan.models import LanguageModel
 from longscan.models.tensor_parallel import tensor_parallel
 from longscan.nn.sequence_parallel import current_part, sequence_parallel
 from longscan.training import Ranks, TrainConfig
-from longscan.training.optimizers import Optimizers
 from longscan.training.parallel import lay_out
 
 # Operators of torch.distributed that send nothing, and messages, which parts of sequences count themselves.
@@ -119,14 +118,15 @@ def _worker(shape: tuple[int, ...], seed: int) -> dict[str, Any]:
         model = make_model(layers, d_model, vocabulary, torch.float32, "cpu", seed).train().requires_grad_()
         count = model.num_parameters()
         loss = make(model, ranks)
-        optimizers = Optimizers(model, TrainConfig())
+        # Parameter by parameter: some are DTensors and some are not.
+        optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
         shared = sequence_parallel(length=length) if make is _by_length else contextlib.nullcontext()
         with _Sent() as sent, shared as part:
             loss(tokens, targets).backward()
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         held = _bytes([*model.parameters(), *gradients])
-        optimizers.step(1.0)
-        held += _bytes(list(optimizers.tensors().values()))
+        optimizer.step()
+        held += _bytes([value for state in optimizer.state.values() for value in state.values() if value.ndim])
         sent.bytes += 0 if part is None else part.traffic.bytes
         found[name] = {"sent": sent.bytes, "held": held, "parameters": count}
     return found
@@ -161,6 +161,10 @@ class _Sent(TorchDispatchMode):
         elif name in ("all_reduce", "all_reduce_"):
             size = dist.distributed_c10d._resolve_process_group(args[-1]).size()
             self.bytes += 2 * _size(args[0]) * (size - 1) / size
+        elif name == "reduce_scatter_tensor":
+            self.bytes += _size(args[0]) * (args[2] - 1) / args[2]
+        elif name == "all_gather_into_tensor":
+            self.bytes += _size(args[0]) * (args[1] - 1)
         elif name not in _SILENT:
             raise ArgumentError(f"what {name} sends is not known")
 
