@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import pytest
 import torch
+from rich.progress import Progress
+
+T = TypeVar("T")
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -24,6 +29,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture
+def countdown(capfd: pytest.CaptureFixture[str]) -> Callable[[Iterable[T], int], Iterator[T]]:
+    """Goes through items with a bar that has the time left, past pytest's capture, for tests that take minutes."""
+
+    def shown(items: Iterable[T], total: int) -> Iterator[T]:
+        with capfd.disabled(), Progress(*Progress.get_default_columns()) as bar:
+            task = bar.add_task("", total=total)
+            for item in items:
+                yield item
+                bar.advance(task)
+
+    return shown
 
 
 @pytest.hookimpl(trylast=True)

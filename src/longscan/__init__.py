@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     )
     from longscan.models import LanguageModel, LanguageModelConfig
     from longscan.nn import SequenceMixer, State
-    from longscan.ops import causal_conv1d, selective_scan, selective_state_update
+    from longscan.ops import causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update
 
 __version__ = "0.1.0"
 
@@ -58,6 +58,7 @@ _EXPORTS = {
     "SequenceMixer": "longscan.nn",
     "State": "longscan.nn",
     "causal_conv1d": "longscan.ops",
+    "causal_conv1d_update": "longscan.ops",
     "selective_scan": "longscan.ops",
     "selective_state_update": "longscan.ops",
 }
@@ -87,6 +88,7 @@ __all__ = [
     "State",
     "__version__",
     "causal_conv1d",
+    "causal_conv1d_update",
     "selective_scan",
     "selective_state_update",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from longscan.cli import main
 from longscan.models import LanguageModel
 
 SMALL = ["--d-model", "16", "--n-layer", "1", "--batch-size", "4", "--sequence-length", "32", "--device", "cpu"]
@@ -94,16 +96,18 @@ def test_train_generate_evaluate(place: Path) -> None:
     assert int8["weights"] == "int8"
     assert int8["bits_per_byte"] == pytest.approx(report["bits_per_byte"], rel=0.005)
     assert int8["bits_per_byte"] != report["bits_per_byte"]
-    code, out, error = call(place, "generate", "runs/first", "--weights", "int8", "--prompt", "12", "--max-tokens", "5")
+    # A prompt may hold bytes that are no text.
+    asked = ["--weights", "int8", "--prompt", "12\udcff", "--max-tokens", "5"]
+    code, out, error = call(place, "generate", "runs/first", *asked)
     assert code == 0, error
-    assert out.startswith("12")
+    assert out.startswith("12\N{REPLACEMENT CHARACTER}")
     code, out, error = call(place, "evaluate", "runs/first", "--data", "text.txt", "--output", "other.json")
     assert code == 0, error
     assert json.loads((place / "other.json").read_text())["bytes"] == (place / "text.txt").stat().st_size
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
-def test_signals_save_first_and_the_run_goes_on(place: Path, number: signal.Signals, code: int) -> None:
+def test_signals_save_first_and_say_how_to_go_on(place: Path, number: signal.Signals, code: int) -> None:
     name = f"run{code}"
     process = start(place, *train(name, 100000, "--sample", "0"))
     run = place / "runs" / name
@@ -157,10 +161,14 @@ def test_resume_refuses_other_options(place: Path) -> None:
         (["train", "--resume", "nowhere"], "nowhere: no such folder"),
         (["train", "--resume", "."], "is not a run"),
         (["train", "text", "--steps", "0"], "steps must be at least 1"),
+        (["train", "text", "--sample", "-1"], "sample must not be negative"),
+        (["train", "text", "--name", "a/b"], "name must be a plain folder name"),
         (["train", "text", "--data", "short.txt", *SMALL], "fewer than one sequence"),
         (["train", "text", "--data", "empty.txt"], "part empty"),
         (["generate", "runs/none"], "no such folder"),
+        (["generate", "runs/none", "--max-tokens", "0"], "max_tokens must be at least 1"),
         (["evaluate", "."], "is not a run"),
+        (["evaluate", ".", "--length", "0"], "length must be at least 1"),
         (["trian"], "did you mean 'train'"),
     ],
 )
@@ -171,6 +179,15 @@ def test_errors_are_one_line_and_exit_code_2(place: Path, arguments: list[str], 
     assert code == 2
     assert says in error
     assert "Traceback" not in error
+
+
+def test_a_terminal_of_another_encoding_shows_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert main(["--version"]) == 0
+    sys.stdout.write("\N{GREEK SMALL LETTER DELTA}")
+    sys.stdout.flush()
+    assert written.getvalue().endswith(b"?")
 
 
 def test_version_help_and_speed_of_start(place: Path) -> None:

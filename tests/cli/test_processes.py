@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -133,7 +133,7 @@ def test_two_processes_do_not_train_one_run(place: Path, run: Path) -> None:
 
 
 @pytest.mark.soak
-def test_a_hundred_kills(place: Path) -> None:
+def test_a_hundred_kills(place: Path, countdown: Callable[[Iterable[int], int], Iterator[int]]) -> None:
     """Of one process or of the whole run, at random moments; then one or two go on. LONGSCAN_KILLS of them, from
     LONGSCAN_SEED: several calls that add up to a hundred are recorded beside one another."""
     kills, seed = (int(os.environ.get(f"LONGSCAN_{name}", default)) for name, default in (("KILLS", 100), ("SEED", 0)))
@@ -144,7 +144,7 @@ def test_a_hundred_kills(place: Path) -> None:
     assert code == 0, out + error
     run, arguments = place / "runs" / "hundred", train("hundred", *more, steps=steps)
     counts = {"of_one_process": 0, "of_the_whole_run": 0, "before_the_first_step": 0}
-    for kill in range(kills):
+    for kill in countdown(range(kills), kills):
         process = start(place, *arguments)
         done = len(metrics(run)) if run.is_dir() and (run / "metrics.jsonl").is_file() else 0
         if kill == 0 or moments.random() < 0.8:

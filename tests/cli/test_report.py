@@ -184,11 +184,37 @@ def test_results_of_every_command(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "100.0 (100)" not in read(page).text
 
 
+def test_kept_runs_and_tests_on_a_gpu(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    broken = json.loads((RESULTS / "gpu" / "tests.json").read_text())
+    broken["tests"][3] |= {"outcome": "failed", "name": EVIL}
+    (tmp_path / "broken.json").write_text(json.dumps(broken))
+    paths = [RESULTS / "text", tmp_path / "broken.json"]
+    assert main(["report", *map(str, paths), "--output", str(page)]) == 0
+    shown = read(page)
+    files = sorted((RESULTS / "text").glob("*.json"))
+    kept = [json.loads(path.read_text()) for path in files]
+    assert len(shown.headings) == 1 + len(files) + 1
+    assert len(shown.images) == sum("held_out_estimates_by_step" in values for values in kept)
+    for values in kept:
+        figures = values.get("held_out_bits_per_byte", {})
+        figures = figures or {"model": values["held_out"]["bits_per_byte"]}
+        assert f"{figures['model']:.4f}" in shown.text
+        assert f"{values['tokens_per_second']:,}" in shown.text
+    assert f"{broken['counts']['passed']:,}" in shown.text
+    assert broken["machine"]["device"] in shown.text
+    assert shown.words.count(EVIL) == 2  # among all, and among those that did not pass
+
+
 def test_every_result_kept_here_can_be_read() -> None:
     from longscan.bench.report import Report
     from longscan.cli.report import find
 
     found = find([RESULTS])
+    # Other reports of tools stand beside those of tests.
+    assert {path.parent.name for path in found[""]} <= {"gpu"}
+    assert found["text"]
+    assert found["tests"]
     assert found["bench"]
     assert found["experiment"]
     for path in found["bench"]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from longscan.evaluation import tasks
-from longscan.evaluation.selection import step_sizes
+from longscan.evaluation.selection import selections, step_sizes
 from longscan.tasks.associative_recall import MultiQueryAssociativeRecall
 from longscan.tasks.induction_heads import InductionHeads
 from longscan.tasks.selective_copying import SelectiveCopying
@@ -67,3 +67,24 @@ def test_step_sizes_are_those_of_the_scan(monkeypatch: pytest.MonkeyPatch) -> No
     given = list(seen)
     for found, wanted in zip(step_sizes(model, tokens), given, strict=True):
         assert torch.allclose(found, wanted, atol=1e-6)
+
+
+def test_what_states_hold_is_what_the_model_carries() -> None:
+    task = SelectiveCopying(length=12, tokens=2)
+    model = task_model(task, ("attention", "mamba", "mamba"), Recipe(d_model=16, n_layer=3), seed=0, device=CPU)
+    tokens, _ = task.sample(2, torch.Generator().manual_seed(0))
+    found = selections(model, tokens)
+    assert [layer.layer for layer in found] == [1, 2]
+    for layer, dt in zip(found, step_sizes(model, tokens), strict=True):
+        assert torch.equal(layer.dt, dt)
+        for cut in (1, 5, tokens.shape[1]):
+            with torch.no_grad():
+                _, state = model.backbone(tokens[:, :cut], model.initial_state(2))
+            carried = state.layers[layer.layer].ssm
+            assert torch.allclose(layer.norms[:, cut - 1], carried.square().sum(-1).sqrt(), rtol=1e-3, atol=1e-6)
+        rates = model.backbone.blocks[layer.layer].mixer.A_log.detach().exp()
+        for t in range(tokens.shape[1]):
+            left = torch.exp(-rates * dt[:, t + 1 :].sum(1)[..., None]).mean(-1)
+            wanted = (left * dt[:, t]).sum(-1) / dt[:, t].sum(-1)
+            assert torch.allclose(layer.kept[:, t], wanted, rtol=1e-4)
+        assert torch.allclose(layer.kept[:, -1], torch.ones(2))

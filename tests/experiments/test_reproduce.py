@@ -17,6 +17,7 @@ from longscan.cli.reproduce import Options, run
 from longscan.errors import CheckpointError, ConfigError, StorageError
 from longscan.experiments import Result, Run, read_results, read_settings
 from longscan.experiments.report import duration, results_page
+from longscan.nn.storage import load_tensors
 from longscan.tasks.dna_standin import DNASpeciesStandin
 from longscan.tasks.task import ACCURACY, BITS_PER_BYTE, NRMSE
 from tests.tasks.test_digits import write_digits
@@ -96,7 +97,7 @@ def test_from_the_file_to_the_page(options: Options) -> None:
     page = options.docs.read_text()
     assert f"| Mamba | {percent(mamba.figures['16'])} (99.5) | {percent(mamba.figures['32'])} |" in page
     assert "Small heads, scale: paper" in page
-    assert "a second" in told(options, list=True)[1]
+    assert "measured: " in told(options, list=True)[1]
 
 
 def test_another_scale_is_not_held_against_what_was_published(options: Options) -> None:
@@ -205,7 +206,8 @@ def test_selective_copying_shows_what_the_selection_does(options: Options) -> No
     )
     (options.experiments / "small_heads.toml").write_text(text)
     told(options, only="mamba")
-    assert (options.results / "small_heads" / "selection-paper.png").stat().st_size > 1000
+    for name in ("selection", "states"):
+        assert (options.results / "small_heads" / f"{name}-paper.png").stat().st_size > 1000
 
 
 def test_induction_heads_show_what_is_remembered(options: Options) -> None:
@@ -291,3 +293,60 @@ def test_the_best_possible_stands_beside(options: Options, tmp_path: Path) -> No
     assert "the best possible" in console.file.getvalue()  # type: ignore[attr-defined]
     row = f"| *the best possible* | {percent(result.best['16'])} | {percent(result.best['32'])} |"
     assert row in results_page([result], {})
+
+
+def test_costs_are_measured_where_there_are_results(options: Options) -> None:
+    assert "a second" in told(options, list=True, name=None)[1]
+    told(options, only="mamba")
+    text = " ".join(told(options, list=True, name=None)[1].split())
+    assert "measured: " in text
+    assert "a second" in text
+    told(options)
+    text = " ".join(told(options, list=True, name=None)[1].split())
+    assert "measured: " in text
+    assert "a second" not in text
+
+
+def test_what_takes_time_is_told(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a terminal as lines; here each is due at once."""
+    from longscan.cli import reproduce
+
+    monkeypatch.setattr(reproduce, "_INTERVAL", -1.0)
+    text = EXPERIMENT.replace('"induction_heads"', '"dna_standin"').replace("length = 16, vocab = 6", "length = 16")
+    (options.experiments / "small_heads.toml").write_text(
+        text.replace("length = 16 }", "length = 16, sequences = 20 }")
+    )
+    _, shown = told(options, only="mamba")
+    assert "Mamba: drawing sequences, 0 of 4" in shown
+    assert "Mamba: drawing sequences, 4 of 4" in shown
+    assert "Mamba: testing at length 32, 0 of 8" in shown
+    assert "step 12/12" in shown
+    assert "0 s left" in shown
+
+
+def test_pretrained_systems_start_from_what_was_trained(options: Options) -> None:
+    base = EXPERIMENT.replace('"induction_heads"', '"dna_standin"').replace("vocab = 6", "sequences = 20")
+    (options.experiments / "next_base.toml").write_text(base.replace("[16, 32]", "[16]"))
+    after = base.replace('"dna_standin"', '"dna_species_standin"').replace("longest = 16", "")
+    after = after.replace("[systems.mamba]", '[systems.mamba]\npretrained = "next_base/mamba"')
+    (options.experiments / "species.toml").write_text(
+        after.replace("steps = 12", 'model_options = { norm = "rms" }, steps = 1')
+    )
+    species = {"name": "species", "only": "mamba"}
+    with pytest.raises(CheckpointError, match="first: longscan reproduce next-base --only mamba --scale paper"):
+        told(options, **species)
+    told(options, name="next-base", only="mamba")
+    told(options, **species)
+    (before,) = read_results(options.results, "next_base")
+    (found,) = read_results(options.results, "species")
+    assert found.pretrained == "next_base/mamba"
+    assert before.pretrained == ""
+    theirs, _ = load_tensors(options.runs / "next_base" / "mamba-paper-seed0" / "checkpoint.safetensors")
+    ours, _ = load_tensors(options.runs / "species" / "mamba-paper-seed0" / "checkpoint.safetensors")
+    embedding = theirs["model/backbone.embedding.weight"][:5]
+    # One step further on.
+    moved = (ours["model/encoder.weight"] - embedding).abs().max()
+    assert 0 < moved < 1.5e-3
+    # A finished run is not started anew.
+    told(options, **species)
+    assert read_results(options.results, "species")[0].curve == found.curve

@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from longscan.cli.config import read_toml
 from longscan.errors import ConfigError
 from longscan.experiments import SCALES, System, read_published, read_settings, scales_of
 from longscan.models import LanguageModelConfig
 from longscan.models.matching import parameters
+from longscan.nn.storage import save_tensors
 from longscan.tasks.task import Recipe
-from longscan.training.tasks import task_config
+from longscan.training.carry_over import carry_over
+from longscan.training.tasks import task_config, task_model
 
 FOLDER = Path(__file__).parents[2] / "experiments"
 NAMES = [path.stem for path in FOLDER.glob("*.toml") if "systems" in read_toml(path)]
@@ -60,6 +63,31 @@ def test_every_experiment_can_be_read_and_its_models_built(name: str, scale: str
         assert settings.lengths_of(system)
     for system in smallest.values():
         task_config(settings.task, system.mixer, system.recipe)
+
+
+PRETRAINED = [
+    (name, scale, system)
+    for name in NAMES
+    for scale in scales_of(read_toml(FOLDER / f"{name}.toml"))
+    for system in read_settings(name, read_toml(FOLDER / f"{name}.toml"), scale).systems.values()
+    if system.pretrained
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "system"), PRETRAINED, ids=[f"{name}-{scale}-{s.name}" for name, scale, s in PRETRAINED]
+)
+def test_pretrained_layers_fit(name: str, scale: str, system: System, tmp_path: Path) -> None:
+    experiment, _, first = system.pretrained.partition("/")
+    settings = [read_settings(one, read_toml(FOLDER / f"{one}.toml"), scale) for one in (experiment, name)]
+    before, after = (
+        task_model(at.task, one.mixer, one.recipe, seed=seed, device=torch.device("cpu"))
+        for seed, (at, one) in enumerate(zip(settings, (settings[0].systems[first], system), strict=True))
+    )
+    tensors = {f"model/{key}": value.detach() for key, value in before.named_parameters()}
+    carry_over(save_tensors(tmp_path / "a.safetensors", tensors, {}), after)
+    last = dict(before.named_parameters())["backbone.norm_f.weight"]
+    assert torch.equal(dict(after.named_parameters())["norm.weight"], last)
 
 
 def test_later_recipes_win() -> None:

@@ -72,7 +72,13 @@ def test_the_kernel_does_not_hold_states_times_length(monkeypatch: pytest.Monkey
 
 
 def test_options_that_make_no_sense() -> None:
-    for options in ({"d_state": 3}, {"a_init": "hippo"}, {"discretisation": "euler"}, {"dt_min": 1.0}):
+    for options in (
+        {"d_state": 3},
+        {"d_state": "64"},
+        {"a_init": "hippo"},
+        {"discretisation": "euler"},
+        {"dt_min": 1.0},
+    ):
         with pytest.raises(ArgumentError):
             S4D(4, **options)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="length"):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -149,7 +150,10 @@ def test_stop_strings() -> None:
 def test_prompts_of_every_form() -> None:
     model = make()
     expected = model.generate([[1, 2]], 3, temperature=0).tokens
-    for prompts in ([1, 2], torch.tensor([1, 2]), torch.tensor([[1, 2]]), [torch.tensor([1, 2])], (1, 2)):
+    forms = [1, 2], (1, 2), torch.tensor([1, 2]), torch.tensor([[1, 2]]), [torch.tensor([1, 2])]
+    # What tokenizers here give.
+    arrays = np.array([1, 2], dtype=np.uint8), [np.array([1, 2], dtype=np.uint32)]
+    for prompts in (*forms, *arrays):
         assert model.generate(prompts, 3, temperature=0).tokens == expected
 
 
@@ -160,7 +164,7 @@ def test_prompts_of_every_form() -> None:
         ([[1], []], "prompt 1 must hold at least one token"),
         (torch.ones(0, 3, dtype=torch.int64), "at least one prompt"),
         (torch.ones(2, 0, dtype=torch.int64), "prompt 0 must hold at least one token"),
-        ([[1], [2, 13]], r"0 \.\. 12.*got 13"),
+        ([[1], [2, 13]], r"prompt 1 must lie in 0 \.\. 12.*got 13"),
         ([[-1]], "got -1"),
         ([[1.5]], "integer"),
         ("text", "encode"),
@@ -178,6 +182,10 @@ def test_options_that_make_no_sense() -> None:
     model = make()
     with pytest.raises(ArgumentError, match="max_new_tokens"):
         model.generate([1], 0)
+    with pytest.raises(ArgumentError, match="max_new_tokens must be an integer"):
+        model.generate([1], 2.5)
+    with pytest.raises(ArgumentError, match="stop_tokens must be token ids"):
+        model.generate([1], 2, stop_tokens="a")
     with pytest.raises(ArgumentError, match="prefill_chunk"):
         model.generate([1], 1, prefill_chunk=0)
     with pytest.raises(ArgumentError, match="2 sequences, there are 1 prompts"):

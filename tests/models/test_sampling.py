@@ -66,6 +66,7 @@ def test_repetition_penalty() -> None:
     [
         {"temperature": -1.0},
         {"temperature": float("nan")},
+        {"temperature": "1"},
         {"top_k": -1},
         {"top_k": 1.5},
         {"top_p": 0.0},
@@ -73,6 +74,7 @@ def test_repetition_penalty() -> None:
         {"min_p": -0.1},
         {"min_p": 2.0},
         {"repetition_penalty": 0.0},
+        {"repetition_penalty": float("inf")},
     ],
 )
 def test_ranges(options: dict[str, float]) -> None:
@@ -93,3 +95,6 @@ def test_seeds() -> None:
     assert len(set(seeds_of_rows(None, 3))) == 3
     with pytest.raises(ArgumentError, match="2 for 3 prompts"):
         seeds_of_rows([1, 2], 3)
+    for seed in (2**64, 1.5, [0.5]):
+        with pytest.raises(ArgumentError, match="seed must be"):
+            seeds_of_rows(seed, 1)  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ SHAPES = {
     "mamba": {"mixer": "mamba", "mixer_options": {"d_state": 4}, "pool": (3,), "mlp_expand": 0, "norm": "rms"},
     "h3": {"mixer": ("s6", "attention"), "block": "h3", "pool": (2, 2, 2)},
     "centre": {"mixer": "lstm", "pool": ()},
+    "mixed": {"mixer": "s4d", "centre": {"mixer": "mamba", "mlp_expand": 0}},
 }
 shapes = pytest.mark.parametrize("shape", SHAPES)
 
@@ -98,3 +99,28 @@ def test_what_goes_wrong_is_said() -> None:
         model(torch.zeros(1, 2, dtype=torch.int64), model.initial_state(2))
     with pytest.raises(ArgumentError, match="temperature"):
         model.generate(torch.zeros(1, 2, dtype=torch.int64), 2, temperature=-1)
+
+
+def test_what_is_told_while_it_goes_on() -> None:
+    told: list[int] = []
+    make("mamba").generate(torch.randint(9, (1, 3)), 4, seed=0, begun=told.append)
+    assert told == [0, 1, 2, 3]
+
+
+def test_another_centre() -> None:
+    values = {"d_model": 4, "n_layer": 2, "pool": (2,), "vocab_size": 9, "mixer": "s4d"}
+    centre = {"mixer": "mamba", "mlp_expand": 0, "n_layer": 3}
+    model = Sashimi(SashimiConfig.from_dict({**values, "centre": centre}))
+    assert [type(mixer).__name__ for mixer in model.net.inner.mixers] == ["Mamba"] * 3
+    assert [type(mixer).__name__ for mixer in model.net.down.mixers + model.net.up.mixers] == ["S4D"] * 4
+    assert SashimiConfig.from_json(model.config.to_json()) == model.config
+    plain = Sashimi(SashimiConfig.from_dict({**values, "centre": {}}))
+    assert [type(mixer).__name__ for mixer in plain.net.inner.mixers] == ["S4D"] * 2
+    for wrong, word in (
+        ({"pool": [2]}, "centre: unknown key 'pool'; allowed: n_layer, mixer"),
+        ({"n_layer": 0}, "n_layer must be an integer of at least 1"),
+        ({"mixer": "mambo"}, "did you mean 'mamba'"),
+        ([1], "centre must be a mapping, got list"),
+    ):
+        with pytest.raises(ConfigError, match=word):
+            SashimiConfig.from_dict({**values, "centre": wrong})

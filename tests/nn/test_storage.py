@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from longscan.errors import CheckpointError, StorageError
-from longscan.nn.storage import load_tensors, save_tensors, write_atomically, write_text
+from longscan.nn.storage import flush, load_tensors, save_tensors, write_atomically, write_text
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
@@ -42,7 +43,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
     program = f"""
 import resource, signal, torch
 from longscan.errors import StorageError
-from longscan.nn.storage import load_tensors, save_tensors
+from longscan.nn.storage import flush, load_tensors, save_tensors
 save_tensors({str(tmp_path / "x")!r}, {{"x": torch.ones(4)}}, {{}})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
@@ -55,6 +56,22 @@ except StorageError:
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.returncode == 7, run.stderr
     assert os.listdir(tmp_path) == ["x"]
+
+
+def test_what_is_flushed_is_open_for_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows refuses to flush any other file."""
+    fcntl = pytest.importorskip("fcntl")
+    flushed = []
+
+    def fsync(descriptor: int) -> None:
+        flushed.append(stat.S_ISDIR(os.fstat(descriptor).st_mode))
+        assert flushed[-1] or fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    path = write_text(tmp_path / "note", "new")
+    flush(path)
+    flush(tmp_path)
+    assert flushed == [False, False, True]
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:

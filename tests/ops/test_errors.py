@@ -32,6 +32,10 @@ BAD_SCANS = [
     ({"dt_bias": torch.zeros(1)}, r"dt_bias: got shape \(1,\)"),
     ({"initial_state": torch.zeros(3, 6, 3)}, r"initial_state: got shape \(3, 6, 3\), expected \(2, 6, 3\)"),
     ({"initial_state": torch.zeros(2, 6, 3, dtype=torch.complex64)}, r"initial_state: is complex"),
+    ({"initial_state": torch.zeros(2, 6, 3, dtype=torch.int64)}, r"initial_state: got torch\.int64"),
+    ({"A": -torch.ones(6, 3, dtype=torch.int64)}, r"A: got torch\.int64, allowed are float32"),
+    ({"C": torch.zeros(2, 5, 3, dtype=torch.bool)}, r"C: got torch\.bool"),
+    ({"cu_seqlens": [0, 5]}, r"cu_seqlens: got a list, expected a tensor"),
     ({"cu_seqlens": torch.tensor([0, 5])}, r"cu_seqlens: packed sequences share one row, so batch must be 1; got 2"),
     ({"backend": "fast"}, r"backend: got 'fast'; allowed are auto, reference"),
     ({"dt": torch.zeros(2, 5, 6, device="meta")}, r"dt: is on meta, expected cpu"),
@@ -71,6 +75,7 @@ BAD_CONVOLUTIONS = [
     ({"bias": torch.zeros(7)}, r"bias: got shape \(7,\), expected \(6,\)"),
     ({"activation": "gelu"}, r"activation: got 'gelu', allowed are None and 'silu'"),
     ({"initial_state": torch.zeros(2, 4, 6)}, r"initial_state: got shape \(2, 4, 6\), expected \(2, 3, 6\)"),
+    ({"initial_state": torch.zeros(2, 3, 6, dtype=torch.complex64)}, r"initial_state: got torch\.complex64"),
 ]
 
 
@@ -90,6 +95,12 @@ def test_steps() -> None:
         selective_state_update(state, x.clone().requires_grad_(), x, A, B, B, inplace=True)
     with pytest.raises(ArgumentError, match=r"state: got torch\.float64, expected torch\.float32"):
         selective_state_update(state.double(), x, x, A, B, B, inplace=True)
+    with pytest.raises(ArgumentError, match=r"^state: is complex while A is real"):
+        selective_state_update(state.to(torch.complex64), x, x, A, B, B)
+    with pytest.raises(ArgumentError, match=r"^state: got torch\.int64"):
+        selective_state_update(state.long(), x, x, A, B, B)
+    with pytest.raises(ArgumentError, match=r"^state: got torch\.complex64"):
+        causal_conv1d_update(torch.zeros(2, 1, 6, dtype=torch.complex64), x, torch.zeros(6, 2))
     with pytest.raises(ArgumentError, match=r"state: got shape \(2, 3, 6\), expected \(2, 1, 6\)"):
         causal_conv1d_update(torch.zeros(2, 3, 6), x, torch.zeros(6, 2))
     with pytest.raises(ArgumentError, match="inplace: a gradient is recorded"):

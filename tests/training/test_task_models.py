@@ -20,7 +20,8 @@ from longscan.tasks.delay import Delay
 from longscan.tasks.induction_heads import InductionHeads
 from longscan.tasks.task import NRMSE, Metric, Recipe, Task, uniform
 from longscan.tasks.trajectories import TrajectoriesStandin
-from longscan.training.tasks import TaskTrainer, rate_factor, task_model, task_scores
+from longscan.training.task_schedules import rate_factor
+from longscan.training.tasks import TaskTrainer, task_model, task_scores
 
 CPU = torch.device("cpu")
 RECIPE = Recipe(d_model=16, n_layer=1, batch_size=8, learning_rate=1e-2)

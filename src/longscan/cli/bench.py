@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,11 +16,13 @@ import tyro
 from rich import box
 from rich.console import Console, JustifyMethod
 from rich.markup import escape
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from longscan import diagnostics
 from longscan.bench import PEERS, Report, Row, Settings, Timing
 from longscan.errors import ArgumentError
+from longscan.experiments.report import duration
 from longscan.plots.bench import plot_bench
 
 
@@ -112,7 +116,7 @@ def run(options: Options, console: Console | None = None) -> int:
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads or diagnostics.usable_cores())
     try:
-        with console.status("preparing") as status:
+        with _waiting(console, options.minutes) as tell:
             settings = Settings(
                 device=device,
                 shapes=tuple(_shape(text) for text in options.shape) or None,
@@ -122,7 +126,7 @@ def run(options: Options, console: Console | None = None) -> int:
                 repeats=options.repeats,
                 budget=options.budget,
                 deadline=math.inf if options.minutes is None else time.monotonic() + 60 * options.minutes,
-                progress=lambda message: status.update(escape(message)),
+                progress=tell,
             )
             report: Report = importlib.import_module(f"longscan.bench.{options.what.replace('-', '_')}").run(settings)
     finally:
@@ -133,6 +137,22 @@ def run(options: Options, console: Console | None = None) -> int:
     figure = plot_bench(path, path.with_suffix(".png"))
     console.print(f"written: {path} and {figure}")
     return 1 if report.failed else 0
+
+
+@contextlib.contextmanager
+def _waiting(console: Console, minutes: float | None) -> Iterator[Callable[[str], None]]:
+    """Shows what is measured, since when, and for how long at most, if that is limited."""
+    columns = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
+    ends = None if minutes is None else time.monotonic() + 60 * minutes
+
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("preparing", total=None)
+
+        def tell(message: str) -> None:
+            left = "" if ends is None else f", at most {duration(max(0.0, ends - time.monotonic()))} left"
+            bar.update(task, description=escape(message + left))
+
+        yield tell
 
 
 def _shape(text: str) -> tuple[int, ...]:

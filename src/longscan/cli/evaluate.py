@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from longscan.errors import ConfigError
+
 _STREAMED = (
     "every byte predicted from what comes before it: parts side by side, state carried across documents, each part but "
     "the first primed with the text in front of it; document borders are predicted too, but are no bytes"
@@ -74,7 +76,13 @@ def measure(
 
 
 def run(options: Options) -> int:
-    """Print the table and the loss by position, write both."""
+    """Print the table and the loss by position, write both.
+
+    Raises:
+        ConfigError: the folder is not a run, or the length is not positive.
+    """
+    if options.length is not None and options.length < 1:
+        raise ConfigError(f"length must be at least 1, got {options.length}")
     if options.tasks is not None:
         from longscan.cli import zero_shot
 

@@ -112,7 +112,10 @@ def stream_sample(
     **sampling: Any,
 ) -> str:
     """Write a prompt and its continuation to ``out`` token by token; a document's end ends it. Gives all of it."""
-    tokens = [tokenizer.border, *tokenizer.encode(prompt.encode()).tolist()]
+    # A command line may hold bytes that are no text; the model reads them as they are.
+    given = prompt.encode("utf-8", "surrogateescape")
+    prompt = given.decode("utf-8", "replace")
+    tokens = [tokenizer.border, *tokenizer.encode(given).tolist()]
     options = {"temperature": 0.8, "top_p": 0.95, **sampling}
     written = [prompt]
     out.write(prompt)
@@ -129,9 +132,17 @@ def stream_sample(
 
 
 def run(options: Options) -> int:
-    """Stream one sample to standard output."""
+    """Stream one sample to standard output.
+
+    Raises:
+        ConfigError: no token is asked for.
+    """
+    if options.max_tokens < 1:
+        raise ConfigError(f"max_tokens must be at least 1, got {options.max_tokens}")
     model, tokenizer = load_run(options.run, options.device, options.weights)
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    prompt = options.prompt
+    if prompt == "-":
+        prompt = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
     stream_sample(
         model,
         tokenizer,

@@ -114,7 +114,9 @@ class Display:
             said = now
             progress.update(tasks[what], completed=done, total=whole, amount=f"{done / 1e6:,.1f} M")
 
-        with Progress(*columns, TimeElapsedColumn(), console=self.console) as progress:
+        with Progress(
+            *columns, TimeElapsedColumn(), TimeRemainingColumn(compact=True), console=self.console
+        ) as progress:
             yield tell
 
     def stepped(self, row: dict[str, Any]) -> None:
@@ -131,7 +133,9 @@ class Display:
         bits = row["bits_per_byte"]
         self._weight = 0.95 * self._weight + 0.05
         self._loss += 0.05 / self._weight * (bits - self._loss)
-        figures = f"loss {row['loss']:.3f}  {self._loss:.3f} bits/byte  {self._speed:,.0f} tokens/s"
+        figures = f"loss {row['loss']:.3f}  {self._loss:.3f} bits/byte"
+        if self._speed:
+            figures += f"  {self._speed:,.0f} tokens/s"
         held_out = row.get("held_out_bits_per_byte")
         if self._progress is not None:
             self._progress.update(self._task, completed=row["step"], figures=figures)
@@ -139,10 +143,12 @@ class Display:
                 self._progress.console.print(f"step {row['step']}: held-out, estimate: {held_out:.3f} bits per byte")
         elif held_out is not None or row["step"] == self._steps or time.monotonic() - self._said > _INTERVAL:
             self._said = time.monotonic()
-            per_step = row["seconds"] / row["step"]
-            left = f"{per_step * (self._steps - row['step']):.0f} s left"
-            estimate = "" if held_out is None else f"  held-out, estimate: {held_out:.3f} bits/byte"
-            self.console.print(f"step {row['step']}/{self._steps}  {figures}  {left}{estimate}")
+            if self._speed:
+                tokens = (self._steps / row["step"] - 1) * row["tokens"]
+                figures += f"  {tokens / self._speed:.0f} s left"
+            if held_out is not None:
+                figures += f"  held-out, estimate: {held_out:.3f} bits/byte"
+            self.console.print(f"step {row['step']}/{self._steps}  {figures}")
 
     def saved(self, step: int, path: Path) -> None:
         pass

@@ -18,8 +18,15 @@ from longscan.models.pretrained import CONFIG_FILE
 from longscan.nn.storage import write_text
 
 _RUN = "run"
-# The key that a result's file is known by; `longscan reproduce`, `compare` and `bench` write them.
-_RESULTS = ("experiment", "compare", "bench")
+# The key that a result's file is known by; `longscan reproduce`, `compare` and `bench` write the first three, of the
+# others are the kept figures of a run of `longscan train`, and what tests/gpu_report.py writes.
+_RESULTS = {
+    "experiment": "experiment",
+    "compare": "compare",
+    "bench": "bench",
+    "text": "tokens_per_second",
+    "tests": "counts",
+}
 _COMMANDS = "`longscan reproduce`, `compare` or `bench`"
 _PUBLISHED = "published.toml"
 
@@ -116,4 +123,4 @@ def _kind(place: Path) -> str:
         return ""
     if place.is_dir():
         return _RUN if {"text", "model", "training"} <= values.keys() else ""
-    return next((kind for kind in _RESULTS if kind in values), "")
+    return next((kind for kind, key in _RESULTS.items() if key in values), "")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,7 +16,7 @@ import tyro
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from longscan.cli.config import read_toml
@@ -35,7 +36,14 @@ from longscan.experiments import (
     results_page,
     scales_of,
 )
-from longscan.experiments.report import best_cell, duration, figure_cell, metric_words, result_name
+from longscan.experiments.report import (
+    best_cell,
+    duration,
+    figure_cell,
+    measured_cost,
+    metric_words,
+    result_name,
+)
 from longscan.models import LanguageModel, Sashimi
 from longscan.nn.storage import write_text
 from longscan.plots.experiments import plot_experiment
@@ -43,6 +51,7 @@ from longscan.plots.memory import plot_memory
 from longscan.plots.selection import plot_selection
 from longscan.tasks.audio import Waveforms
 from longscan.tasks.induction_heads import InductionHeads
+from longscan.tasks.watching import watched
 from longscan.training.tasks import Point
 
 _PUBLISHED = "published.toml"
@@ -117,17 +126,9 @@ def run(options: Options, console: Console | None = None) -> int:
             if not _work(done, stop, ends, console):
                 console.print("stopped, all is saved; the same command goes on")
                 return 128 + (stop.signal or signal.SIGINT) if stop() else 0
-            console.print(f"written: {done.result().save(options.results)}")
-            folder = options.results / settings.name
-            mamba = done.model if system.mixer == "mamba" and isinstance(done.model, LanguageModel) else None
-            if mamba and settings.task.name == "selective_copying":
-                path = folder / f"selection-{settings.scale}.png"
-                console.print(f"written: {plot_selection(mamba, settings.task, path)}")
-            if mamba and isinstance(settings.task, InductionHeads):
-                path = folder / f"memory-{system.name}-{settings.scale}.png"
-                console.print(f"written: {plot_memory(mamba, settings.task, path)}")
-            if isinstance(settings.task, Waveforms) and isinstance(done.model, Sashimi):
-                path = continue_waveform(done.model, settings.task, done.path.with_name("sample.wav"), options.seed)
+            with _bar(console, system.label):
+                written = [done.result().save(options.results), *_beside(done, options)]
+            for path in written:
                 console.print(f"written: {path}")
     results = read_results(options.results, settings.name)
     own = [result for result in results if result.scale == settings.scale]
@@ -135,6 +136,20 @@ def run(options: Options, console: Console | None = None) -> int:
     for path in plot_experiment(results, published, options.results):
         console.print(f"written: {path}")
     return 0
+
+
+def _beside(done: Run, options: Options) -> list[Path]:
+    """What there is to look at or to listen to."""
+    settings, model = done.settings, done.model
+    folder = options.results / settings.name
+    if isinstance(model, LanguageModel) and done.system.mixer == "mamba":
+        if settings.task.name == "selective_copying":
+            return plot_selection(model, settings.task, folder, settings.scale)
+        if isinstance(settings.task, InductionHeads):
+            return [plot_memory(model, settings.task, folder / f"memory-{done.system.name}-{settings.scale}.png")]
+    if isinstance(settings.task, Waveforms) and isinstance(model, Sashimi):
+        return [continue_waveform(model, settings.task, done.path.with_name("sample.wav"), options.seed)]
+    return []
 
 
 def _device(name: str) -> str:
@@ -188,12 +203,11 @@ def _names_in(flag: str, experiment: str, given: str | None, *known: Sequence[st
 def _work(run: Run, stop: Stop, ends: float | None, console: Console) -> bool:
     """Train and test one system, showing how far it is; False if it was stopped."""
     system, steps, metric = run.system, run.system.recipe.steps, run.settings.task.metric
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    figures = TextColumn("{task.fields[figures]}")
-    said = 0.0
-    with Progress(*columns, figures, console=console, disable=not console.is_terminal) as bar:
+    said = time.monotonic()
+    with _bar(console, system.label) as bar:
         task = bar.add_task(escape(system.label), total=steps, figures="preparing")
         bar.update(task, completed=run.resume())
+        begun: list[tuple[float, int]] = []
 
         def tell(point: Point | None, tested: dict[str, float]) -> None:
             nonlocal said
@@ -201,7 +215,8 @@ def _work(run: Run, stop: Stop, ends: float | None, console: Console) -> bool:
                 place, text = "tested", _tested(run, tested)
                 bar.update(task, figures=text)
             else:
-                place = f"step {point.step}/{steps}, {duration(run.train_seconds)}"
+                begun.append((time.monotonic(), point.step))
+                place = f"step {point.step}/{steps}, {duration(run.train_seconds)}{_left(begun[0], begun[-1], steps)}"
                 text = f"loss {point.loss:.4f}  {metric.name} {metric.text(point.figure)}"
                 bar.update(task, completed=point.step, figures=text)
             if not console.is_terminal and (point is None or time.monotonic() - said > _INTERVAL):
@@ -209,6 +224,34 @@ def _work(run: Run, stop: Stop, ends: float | None, console: Console) -> bool:
                 console.print(f"{system.label}: {place}  {text}")
 
         return run.go_on(lambda: stop() or (ends is not None and time.monotonic() > ends), tell)
+
+
+@contextlib.contextmanager
+def _bar(console: Console, label: str) -> Iterator[Progress]:
+    """A bar for training, and below it one for what is told meanwhile: of data being made, and of tests."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    figures = TextColumn("{task.fields[figures]}")
+    bar = Progress(*columns, figures, console=console, disable=not console.is_terminal)
+    parts: dict[str, TaskID] = {}
+    said = time.monotonic()
+
+    def watch(what: str, done: int, whole: int | None) -> None:
+        nonlocal said
+        if what not in parts:
+            parts[what] = bar.add_task(what, total=whole, figures="")
+        bar.update(parts[what], completed=done, visible=done != whole)
+        if not console.is_terminal and time.monotonic() - said > _INTERVAL:
+            said = time.monotonic()
+            console.print(f"{label}: {what}, {done:,}{'' if whole is None else f' of {whole:,}'}")
+
+    with bar, watched(watch):
+        yield bar
+
+
+def _left(first: tuple[float, int], last: tuple[float, int], steps: int) -> str:
+    """Time left, in words, from when steps were done; the first ones take what compilers take."""
+    done = last[1] - first[1]
+    return f", {duration((last[0] - first[0]) / done * (steps - last[1]))} left" if done else ""
 
 
 def _tested(run: Run, figures: dict[str, float]) -> str:
@@ -228,13 +271,18 @@ def _list(options: Options) -> Table:
         results = read_results(options.results, name)
         for scale in scales_of(values):
             settings = read_settings(name, values, scale)
-            done = {result.system: result.family or result.system for result in results if result.scale == scale}
+            own = [result for result in results if result.scale == scale]
+            done = {result.system: result.family or result.system for result in own}
+            # What is measured says nothing of systems that are not.
+            known = settings.systems.keys() <= done.keys()
+            costs = [measured_cost(own)] if own else []
+            costs += [] if known else [settings.cost]
             names = escape(", ".join(dict.fromkeys(done.values())))
             first = scale == "paper"
             table.add_row(
                 f"[bold]{name.replace('_', '-')}[/]" if first else escape(settings.title),
                 scale,
-                escape(settings.cost),
+                escape("; ".join(costs)),
                 f"{len(done)} of {len(settings.systems)}{': ' if done else ''}{names}",
                 end_section=not first,
             )

@@ -28,7 +28,7 @@ from longscan.plots.bench import draw_bench
 from longscan.plots.compare import draw_comparison
 from longscan.plots.experiments import draw_experiment
 from longscan.plots.page import Html, Section, facts, figure, folded, paragraph, preformatted, table
-from longscan.plots.training import draw_runs, draw_speed, draw_training
+from longscan.plots.training import draw_estimates, draw_runs, draw_speed, draw_training
 from longscan.training.metrics import METRICS_FILE, read_metrics
 from longscan.training.runs import HELD_OUT_FILE, SAMPLE_FILE, read_run
 
@@ -39,10 +39,11 @@ _OPEN = 4
 
 
 def make_sections(found: Mapping[str, Sequence[Path]], published: Path) -> list[Section]:
-    """All of a page: runs (several of them side by side first), experiments scale by scale, comparisons, benchmarks.
+    """All of a page: runs (several of them side by side first), experiments scale by scale, comparisons, benchmarks,
+    what is kept of runs, tests.
 
     Args:
-        found: paths by "run", "experiment", "compare" and "bench".
+        found: paths by "run", "experiment", "compare", "bench", "text" and "tests".
         published: the file of published figures; where there is none, ours stand alone.
 
     Raises:
@@ -64,6 +65,8 @@ def make_sections(found: Mapping[str, Sequence[Path]], published: Path) -> list[
             sections.append(experiment_section(own, beside(tables, own[0].published, own[0].scale)))
     sections += [_whole(comparison_section, path) for path in found["compare"]]
     sections += [_whole(bench_section, path) for path in found["bench"]]
+    sections += [_whole(text_section, path) for path in found["text"]]
+    sections += [_whole(tests_section, path) for path in found["tests"]]
     return sections
 
 
@@ -206,6 +209,49 @@ def bench_section(path: Path) -> Section:
     return Section(f"Speed: {report.bench} ({path.stem})", parts)
 
 
+def text_section(path: Path) -> Section:
+    """What is kept of a run of `longscan train text`."""
+    values = _json(path)
+    figures = values.get("held_out_bits_per_byte", {})
+    if held_out := values.get("held_out"):
+        figures = {"model": held_out["bits_per_byte"], **held_out["compressors_bits_per_byte"]}
+    boxes = {
+        "tokens/s": f"{values['tokens_per_second']:,}",
+        "steps": f"{values['training_steps']:,}" if "training_steps" in values else "",
+        "time of training": duration(values["training_seconds"]) if "training_seconds" in values else "",
+        "held-out bytes": f"{held_out['bytes']:,}" if held_out else "",
+    }
+    rows = [(name, f"{figure:.4f}") for name, figure in sorted(figures.items(), key=lambda item: item[1])]
+    parts = [facts(boxes), table(("held out", "bits per byte"), rows)]
+    if estimates := values.get("held_out_estimates_by_step"):
+        words = "Bits per byte of a part of the held-out text, while training."
+        parts.append(figure(draw_estimates(estimates), words))
+    if "note" in values:
+        parts.append(paragraph(values["note"]))
+    settings = [(key, _plain(value)) for key, value in values["config"].items()]
+    parts.append(folded("Settings", [table(("setting", "value"), settings, left=(0, 1))]))
+    return Section(f"{values['what']} ({path.stem})", [*parts, *_machine(values, None)])
+
+
+def tests_section(path: Path) -> Section:
+    """Tests that ran on a GPU, as tests/gpu_report.py keeps them."""
+    values = _json(path)
+    boxes = {
+        **{name: f"{count:,}" for name, count in values["counts"].items()},
+        "seconds": f"{values['seconds']:,}",
+        "when": values["when"],
+    }
+    tests = sorted(values["tests"], key=lambda test: test["seconds"], reverse=True)
+    rows = [(test["name"], test["outcome"], f"{test['seconds']:.2f}") for test in tests]
+    other = [row for row in rows if row[1] != "passed"]
+    head = ("test", "outcome", "seconds")
+    parts = [facts(boxes)]
+    if other:
+        parts.append(table(head, other, title="Not passed", left=(0, 1)))
+    parts.append(folded("All tests, the longest first", [table(head, rows, left=(0, 1))]))
+    return Section(f"Tests on a GPU ({path.stem})", [*parts, *_machine(values, None)])
+
+
 def table_of(shown: Table) -> Html:
     """A table of the terminal as one of the page."""
     columns = [[Text.from_markup(str(cell)).plain for cell in column.cells] for column in shown.columns]
@@ -218,18 +264,19 @@ def _machine(values: Mapping[str, Any], device: str | None) -> list[Html]:
     """Where something was measured, as far as it is written down."""
     machine, versions = values.get("machine") or {}, values.get("versions") or {}
     boxes = {
-        "device": device or "",
+        "device": device or machine.get("device", ""),
         "GPU": ", ".join(machine.get("gpus", [])),
         "processor": machine.get("cpu", ""),
-        "cores, threads": f"{machine['cores']}, {machine['threads']}" if machine else "",
+        "cores, threads": f"{machine['cores']}, {machine['threads']}" if "cores" in machine else "",
         "memory": f"{machine['memory'] / 2**30:.0f} GiB" if machine.get("memory") else "",
         "system": machine.get("system", ""),
-        "commit": values.get("commit") or "",
+        "commit": values.get("commit") or machine.get("commit", ""),
         "date": values.get("date") or "",
         "command": values.get("command") or "",
     }
     if not versions and "longscan" in values:
         versions = {"longscan": values["longscan"]}
+    versions = versions or {name: machine[name] for name in ("python", "torch", "triton", "cuda") if name in machine}
     words = ", ".join(f"{name} {version}" for name, version in versions.items())
     return [folded("Machine and versions", [facts(boxes), paragraph(words)])]
 

@@ -30,6 +30,8 @@ def run(options: Options) -> int:
         raise ConfigError(
             f"nproc must be at least 1 and max_restarts not negative, got {options.nproc} and {options.max_restarts}"
         )
+    if options.sample < 0:
+        raise ConfigError(f"sample must not be negative, got {options.sample}")
     if options.nproc > 1 and "WORLD_SIZE" not in os.environ:
         from longscan.cli.launch import launch
 
@@ -41,17 +43,22 @@ def run(options: Options) -> int:
 
     with (
         join(device_type(options.device)) as (ranks, device),
-        Stop() as stop,
         Display(quiet=not ranks.first) as display,
     ):
         if device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = True
+        stop = Stop()
         job = Job(options, ranks, device, stop, display)
-        finished = job.prepare() and job.train() and job.finish()
-        if finished:
-            return 0
+        job.prepare()  # nothing to save yet: a signal ends it at once
+        with stop:
+            if job.train() and job.finish():
+                return 0
         display.line(f"stopped; go on with: [bold]longscan train --resume {job.folder}[/]")
         return 128 + (stop.signal or signal.SIGINT)
+
+
+def _documents(count: int) -> str:
+    return f"{count:,} document{'' if count == 1 else 's'}"
 
 
 class _Stopped(Exception):
@@ -59,22 +66,25 @@ class _Stopped(Exception):
 
 
 class Job:
-    """One training job; its three parts return False if they were stopped."""
+    """One training job, in three parts; the last two return False if they were stopped."""
 
     def __init__(self, options: Options, ranks: Any, device: Any, stop: Stop, display: Any) -> None:
         self._options, self._ranks, self._device, self._stop, self._display = options, ranks, device, stop, display
         self.folder = options.resume if options.resume is not None else options.runs / options.name
 
-    def prepare(self) -> bool:
+    def prepare(self) -> None:
         """Read the text, build the model, fix the number of steps, make the folder of the run."""
         import torch
 
         from longscan.models import LanguageModel, LanguageModelConfig
         from longscan.tasks.text import prepare
         from longscan.training import Batches, Stepper, create_run, read_run
+        from longscan.training.runs import check_name
 
         self._rejoin()
         options, display = self._options, self._display
+        if options.resume is None:
+            check_name(options.name)  # before the work, not after it
         # The first process builds the corpus, the others find it in the cache; each compares its share of the files.
         share = (self._ranks.rank, self._ranks.size)
         for turn in (True, False):
@@ -103,8 +113,8 @@ class Job:
         )
         self.stepper = Stepper(self.model, training, batches, ranks=self._ranks, device=self._device)
         display.line(
-            f"text: {corpus.label}: {corpus.train_bytes / 1e6:.1f} MB in {corpus.train_documents} documents to train, "
-            f"{corpus.held_out_bytes / 1e6:.2f} MB in {corpus.held_out_documents} held out"
+            f"text: {corpus.label}: {corpus.train_bytes / 1e6:.1f} MB to train ({_documents(corpus.train_documents)}), "
+            f"{corpus.held_out_bytes / 1e6:.2f} MB held out ({_documents(corpus.held_out_documents)})"
         )
         size = f"{self.model.num_parameters() / 1e6:.2f}M parameters"
         display.line(
@@ -124,15 +134,12 @@ class Job:
                 f"{steps} steps, {(steps * seconds + evaluation) / 60:.2g} of {minutes:g} minutes"
             )
         self.training = training
-        if self._stop():
-            raise KeyboardInterrupt
         if options.resume is None:
             if self._ranks.first:
                 self.folder = create_run(options.runs, options.name, self._description(shape, training))
                 self.tokenizer.save(self.folder)
                 display.line(f"run: [bold]{self.folder}[/]")
             self.folder = self._ranks.share(self.folder)  # its name may have got a number
-        return True
 
     def _rejoin(self) -> None:
         """Processes that torchrun has started anew go on with the run that those before them have made."""

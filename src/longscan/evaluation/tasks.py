@@ -7,6 +7,7 @@ from torch import Tensor
 
 from longscan.models import LanguageModel
 from longscan.tasks.task import Task
+from longscan.tasks.watching import tell
 from longscan.training.stepper import autocast
 from longscan.training.tasks import TaskModel, task_scores
 
@@ -48,13 +49,16 @@ def evaluate_task(
     sums: tuple[Tensor, ...] = ()
     trains = model.training
     model.eval()
+    done, whole, what = 0, task.held_out or sequences, f"testing at {task.axis} {length:,}"
     for inputs, targets in task.tests(length, sequences, batch, device, seed):
+        tell(what, done, whole)
         with autocast(device, precision):
             if isinstance(model, LanguageModel):
                 scores = last_scores(model, inputs, task.answers(length), cut)
             else:
                 scores = task_scores(model, task, inputs, length)
         judged = [value if value.dtype == torch.int64 else value.double() for value in task.judge(scores, targets)]
+        done += len(inputs)
         sums = tuple(old + new for old, new in zip(sums, judged, strict=True)) if sums else tuple(judged)
     model.train(trains)
     total, count = sums

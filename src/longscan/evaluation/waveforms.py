@@ -8,11 +8,16 @@ import torch
 
 from longscan.models import Sashimi
 from longscan.tasks.audio import Waveforms, from_mu_law, write_wav
+from longscan.tasks.watching import tell
+
+# Samples are made one by one, at some milliseconds each: a quarter of a second of sound takes about half a minute.
+_SECONDS = 0.25
 
 
 @torch.no_grad()
 def continue_waveform(model: Sashimi, task: Waveforms, path: Path, seed: int = 0) -> Path:
-    """Write a WAV file: the first half of a sequence that no training saw, and how the model goes on, as long again.
+    """Write a WAV file: the first half of a sequence that no training saw, and how the model goes on, as long again or
+    for a quarter of a second.
 
     Args:
         model: of the task; whether it trains is as before afterwards.
@@ -28,6 +33,7 @@ def continue_waveform(model: Sashimi, task: Waveforms, path: Path, seed: int = 0
     inputs, _ = next(iter(task.tests(task.length, 1, 1, device, seed)))
     prompt = inputs[:1, : max(1, task.length // 2)]
     model.eval()
-    made = model.generate(prompt, prompt.shape[1], seed=seed)
+    length = min(prompt.shape[1], max(1, round(_SECONDS * task.rate)))
+    made = model.generate(prompt, length, seed=seed, begun=lambda done: tell("going on, in sound", done, length))
     model.train(trains)
     return write_wav(path, from_mu_law(torch.cat([prompt, made], dim=1)[0].cpu()), task.rate)

@@ -112,6 +112,15 @@ def cost_cells(result: Result) -> list[str]:
     ]
 
 
+def measured_cost(results: Iterable[Result]) -> str:
+    """What systems of an experiment took, from the quickest to the slowest, and where."""
+    results = list(results)
+    seconds = sorted(result.train_seconds + result.test_seconds for result in results)
+    ends = list(dict.fromkeys(map(duration, (seconds[0], seconds[-1]))))
+    devices = " and ".join(dict.fromkeys(result.device for result in results))
+    return f"measured: {' to '.join(ends)} a system on {devices}"
+
+
 def _row(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 

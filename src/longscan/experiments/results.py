@@ -22,6 +22,7 @@ class Result:
         family, size: of the system, where an experiment has sizes.
         task: its name and options.
         recipe: of model and training; ``mixer`` beside it.
+        pretrained: experiment and system whose layers it started from; empty: none.
         published: name of the table of published figures.
         parameters: of the model.
         steps: done.
@@ -47,6 +48,7 @@ class Result:
     task: Mapping[str, Any]
     mixer: Any
     recipe: Mapping[str, Any]
+    pretrained: str = ""
     published: str
     parameters: int
     steps: int

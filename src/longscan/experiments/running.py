@@ -17,6 +17,7 @@ from longscan.evaluation.tasks import evaluate_task
 from longscan.experiments.results import Result
 from longscan.experiments.settings import Settings, System
 from longscan.tasks.task import Recipe
+from longscan.training.carry_over import carry_over
 from longscan.training.tasks import Point, TaskTrainer, task_model
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -37,7 +38,8 @@ class Run:
 
     def __init__(self, settings: Settings, system: System, *, seed: int, device: torch.device, folder: Path) -> None:
         self.settings, self.system, self.seed, self.device = settings, system, seed, device
-        self.path = folder / settings.name / f"{system.name}-{settings.scale}-seed{seed}" / CHECKPOINT
+        self.path = _checkpoint(folder, f"{settings.name}/{system.name}", settings.scale, seed)
+        self._folder = folder
         self.model = task_model(settings.task, system.mixer, system.recipe, seed=seed, device=device)
         self.curve: list[list[float]] = []
         self.figures: dict[str, float] = {}
@@ -63,7 +65,7 @@ class Run:
         """Go on from the checkpoint, if there is one; gives the steps done.
 
         Raises:
-            CheckpointError: it is damaged, or its settings are not these.
+            CheckpointError: it is damaged, or its settings are not these; or there is none, nor one of the pretraining.
         """
         begin = time.monotonic()
         recipe = self.system.recipe
@@ -73,6 +75,7 @@ class Run:
             found, wanted = about["settings"], self._description()
             # What the version that wrote it did not know is at its default.
             found["recipe"] = _plain_recipe(Recipe()) | found["recipe"]
+            found.setdefault("pretrained", "")
             if found != wanted:
                 raise CheckpointError(
                     f"{self.path} was made with other settings: {found}; here {wanted}. Remove it to start afresh"
@@ -80,8 +83,18 @@ class Run:
             self.curve, self.figures = about["curve"], about["figures"] if "figures" in about else about["accuracy"]
             self.train_seconds, self.test_seconds = about["train_seconds"], about["test_seconds"]
             self._whole = about.get("whole", True)
+        elif self.system.pretrained:
+            self._carry_over()
         self.train_seconds += time.monotonic() - begin
         return self._trainer.steps_done
+
+    def _carry_over(self) -> None:
+        experiment, _, system = self.system.pretrained.partition("/")
+        path = _checkpoint(self._folder, self.system.pretrained, self.settings.scale, self.seed)
+        if not path.exists():
+            command = f"longscan reproduce {experiment.replace('_', '-')} --only {system} --scale {self.settings.scale}"
+            raise CheckpointError(f"{self.system.name} starts from {path}, which is not there; first: {command}")
+        carry_over(path, self.model)
 
     def go_on(self, should_stop: Callable[[], bool], tell: Callable[[Point | None, dict[str, float]], Any]) -> bool:
         """Train and test until all is done (True) or ``should_stop`` (False); then everything is saved.
@@ -137,6 +150,7 @@ class Run:
             "task": self._task(),
             "mixer": self.system.mixer,
             "recipe": _plain_recipe(self.system.recipe),
+            "pretrained": self.system.pretrained,
             "seed": self.seed,
         }
         return dict(json.loads(json.dumps(values)))
@@ -175,6 +189,7 @@ class Run:
             task=self._task(),
             mixer=_plain(self.system.mixer),
             recipe=dataclasses.asdict(self.system.recipe),
+            pretrained=self.system.pretrained,
             published=settings.published,
             parameters=self.model.num_parameters(),
             steps=int(self.curve[-1][0]),
@@ -191,6 +206,11 @@ class Run:
             versions=diagnostics.versions(),
             commit=diagnostics.commit(),
         )
+
+
+def _checkpoint(folder: Path, system: str, scale: str, seed: int) -> Path:
+    """Of "EXPERIMENT/SYSTEM"."""
+    return folder / f"{system}-{scale}-seed{seed}" / CHECKPOINT
 
 
 def _plain(mixer: str | tuple[str, ...]) -> str | list[str]:

@@ -20,7 +20,7 @@ ALL_SCALES = ("paper", SHORT, "here")
 
 _EXPERIMENT = ("title", "task", "published", "systems", *ALL_SCALES)
 _SCALE = ("cost", "task", "recipe", "sizes", "lengths", "sequences", "until")
-_SYSTEM = ("label", "mixer", "recipe", "depth", "longest", *ALL_SCALES)
+_SYSTEM = ("label", "mixer", "recipe", "depth", "longest", "pretrained", *ALL_SCALES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,7 @@ class System:
         mixer: of every layer, or several names that the layers cycle over.
         recipe: model and training.
         longest: length (or key) beyond which it is not tested (its memory or time grows too fast); None: any.
+        pretrained: "EXPERIMENT/SYSTEM", a language model of the same scale, whose layers a classifier starts from.
         family, size: what it is one size of, and which; no size where an experiment has none.
     """
 
@@ -41,6 +42,7 @@ class System:
     mixer: str | tuple[str, ...]
     recipe: Recipe
     longest: int | None = None
+    pretrained: str = ""
     family: str = ""
     size: str = ""
 
@@ -149,6 +151,7 @@ def _system(family: str, size: str, values: Mapping[str, Any], recipe: Recipe, s
         mixer=tuple(mixer) if isinstance(mixer, list) else mixer,
         recipe=dataclasses.replace(recipe, n_layer=recipe.n_layer * values.get("depth", 1)),
         longest=own.get("longest", values.get("longest")),
+        pretrained=values.get("pretrained", ""),
         family=family,
         size=size,
     )

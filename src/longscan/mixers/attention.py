@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longscan.errors import ArgumentError
-from longscan.nn.mixer import SequenceMixer, check_batch
+from longscan.nn.mixer import SequenceMixer, check_batch, check_sizes
 from longscan.nn.rotary import rotate
 from longscan.nn.sequence_parallel import SequencePart, current_part
 from longscan.nn.state import State
@@ -78,17 +78,18 @@ class Attention(SequenceMixer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_sizes(d_model=d_model)
         n_heads = max(1, d_model // 64) if n_heads is None else n_heads
         n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
-        if min(d_model, n_heads, n_kv_heads) < 1 or n_heads % n_kv_heads:
-            raise ArgumentError(
-                f"n_kv_heads must divide n_heads, both at least 1; got n_heads {n_heads} and n_kv_heads {n_kv_heads}"
-            )
+        check_sizes(n_heads=n_heads, n_kv_heads=n_kv_heads)
+        if n_heads % n_kv_heads:
+            raise ArgumentError(f"n_kv_heads must divide n_heads; got n_heads {n_heads} and n_kv_heads {n_kv_heads}")
         if head_dim is None:
             if d_model % n_heads:
                 raise ArgumentError(f"n_heads must divide d_model, got d_model {d_model} and n_heads {n_heads}")
             head_dim = d_model // n_heads
-        if head_dim < 2 or head_dim % 2:
+        check_sizes(head_dim=head_dim)
+        if head_dim % 2:
             raise ArgumentError(f"head_dim must be even, for rotary positions; got {head_dim}")
         self.d_model, self.n_heads, self.n_kv_heads, self.head_dim = d_model, n_heads, n_kv_heads, head_dim
         self.rotary_base = rotary_base

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from longscan.errors import ArgumentError
 from longscan.nn.linear import StepProjection, is_plain, product_and_bias
 from longscan.nn.mamba_inner import mamba_inner
-from longscan.nn.mixer import SequenceMixer, check_batch, keep_float32, no_weight_decay
+from longscan.nn.mixer import SequenceMixer, check_batch, check_sizes, keep_float32, no_weight_decay
 from longscan.nn.recurrences import causal_conv1d, selective_scan
 from longscan.nn.sequence_parallel import current_part
 from longscan.nn.state import State
@@ -97,11 +97,9 @@ class Mamba(SequenceMixer):
             raise ArgumentError(f"a_init must be one of {', '.join(A_INITS)}; got {a_init!r}")
         if dt_init not in ("random", "constant"):
             raise ArgumentError(f'dt_init must be "random" or "constant", got {dt_init!r}')
-        if min(d_model, d_state, d_conv) < 1 or int(expand * d_model) < 1:
-            raise ArgumentError(
-                f"d_model, d_state, d_conv and expand * d_model must be at least 1; got d_model {d_model}, "
-                f"d_state {d_state}, d_conv {d_conv}, expand {expand}"
-            )
+        check_sizes(d_model=d_model, d_state=d_state, d_conv=d_conv)
+        if not isinstance(expand, (int, float)) or not 1 <= d_model * expand < math.inf:
+            raise ArgumentError(f"expand must be a number, and expand * d_model at least 1; got {expand!r}")
         if selection_norm_eps is not None and not selection_norm_eps > 0:
             raise ArgumentError(f"selection_norm_eps must be a positive number or None, got {selection_norm_eps!r}")
         self.selection_norm_eps = selection_norm_eps

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from longscan.errors import ArgumentError
 from longscan.nn.diagonal_ssm import DiagonalSSM
-from longscan.nn.mixer import SequenceMixer, check_batch, keep_float32, no_weight_decay
+from longscan.nn.mixer import SequenceMixer, check_batch, check_sizes, keep_float32, no_weight_decay
 from longscan.nn.state import State
 from longscan.statespace import diagonal, discretise, log_uniform_steps
 from longscan.statespace.discretisation import METHODS
@@ -72,10 +72,9 @@ class S4D(SequenceMixer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if d_model < 1 or d_state < 2 or d_state % 2:
-            raise ArgumentError(
-                f"d_model must be at least 1 and d_state even and at least 2; got {d_model} and {d_state}"
-            )
+        check_sizes(d_model=d_model, d_state=d_state)
+        if d_state % 2:
+            raise ArgumentError(f"d_state must be even, two for each complex state; got {d_state}")
         if discretisation not in METHODS:
             raise ArgumentError(f"discretisation must be one of {', '.join(METHODS)}; got {discretisation!r}")
         self.d_model, self.d_state, self.num_states = d_model, d_state, d_state // 2

@@ -196,9 +196,9 @@ class Backbone(nn.Module):
             raise ArgumentError(f"state has {len(state.layers)} layers, the model {len(self.layers)}")
 
 
-def check_vocabulary(tokens: Tensor, vocab_size: int) -> None:
+def check_vocabulary(tokens: Tensor, vocab_size: int, name: str = "tokens") -> None:
     """Raise ArgumentError unless all tokens lie in ``0 .. vocab_size - 1``."""
     least, most = torch.aminmax(tokens)
     if least < 0 or most >= vocab_size:
         outside = int(least) if least < 0 else int(most)
-        raise ArgumentError(f"tokens must lie in 0 .. {vocab_size - 1}, the vocabulary; got {outside}")
+        raise ArgumentError(f"{name} must lie in 0 .. {vocab_size - 1}, the vocabulary; got {outside}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -94,10 +95,10 @@ class Generation:
         short_states: bool = False,
         keep_tokens: bool = True,
     ) -> None:
-        if max_new_tokens is not None and max_new_tokens < 1:
-            raise ArgumentError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        if prefill_chunk < 1:
-            raise ArgumentError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
+        for name, value in (("max_new_tokens", max_new_tokens), ("prefill_chunk", prefill_chunk)):
+            # Another kind of number would be passed over, and a row never end.
+            if value is not None and not (isinstance(value, Integral) and value >= 1):
+                raise ArgumentError(f"{name} must be an integer of at least 1, got {value!r}")
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if stop and decode is None:
             raise ArgumentError("stop strings are looked for in text: pass decode, a function from token ids to text")
@@ -109,7 +110,7 @@ class Generation:
         rows = len(self._prompts)
         self._draws = Draws(seeds_of_rows(seed, rows))
         self._max_new_tokens = max_new_tokens
-        self._stop_tokens = frozenset(stop_tokens)
+        self._stop_tokens = frozenset(_stop_tokens(stop_tokens))
         self._streams = None if decode is None else [TextStream(decode, stop) for _ in range(rows)]
         self._prefill_chunk = prefill_chunk
         self._short_states = short_states
@@ -206,6 +207,12 @@ class Generation:
         return seen
 
 
+def _stop_tokens(tokens: Sequence[int]) -> list[int]:
+    if isinstance(tokens, (str, bytes)) or not all(isinstance(token, Integral) for token in tokens):
+        raise ArgumentError(f"stop_tokens must be token ids, got {tokens!r}; strings are given as stop")
+    return [int(token) for token in tokens]
+
+
 def prefill(
     model: LanguageModel, prompts: Sequence[Tensor], state: ModelState | None = None, chunk: int = 2048
 ) -> tuple[Tensor, ModelState]:
@@ -255,7 +262,7 @@ def _rows(prompts: Prompts, vocab_size: int, device: torch.device) -> list[Tenso
             raise ArgumentError(f"prompts must be (length,) or (batch, length), got shape {tuple(prompts.shape)}")
         rows = list(prompts[None] if prompts.dim() == 1 else prompts)
     else:
-        flat = len(prompts) > 0 and all(isinstance(item, int) for item in prompts)
+        flat = len(prompts) > 0 and all(isinstance(item, Integral) for item in prompts)
         rows = [_row(item, index) for index, item in enumerate([prompts] if flat else prompts)]
     if not rows:
         raise ArgumentError("prompts is empty: there must be at least one prompt")
@@ -264,8 +271,9 @@ def _rows(prompts: Prompts, vocab_size: int, device: torch.device) -> list[Tenso
             raise ArgumentError(f"prompt {index} must hold at least one token, got shape {tuple(row.shape)}")
         if row.dtype.is_floating_point or row.dtype.is_complex or row.dtype == torch.bool:
             raise ArgumentError(f"prompt {index} must hold integer token ids, got {row.dtype}")
-        check_vocabulary(row, vocab_size)
-    return [row.to(device=device, dtype=torch.int64) for row in rows]
+        rows[index] = row.to(torch.int64)
+        check_vocabulary(rows[index], vocab_size, f"the tokens of prompt {index}")
+    return [row.to(device) for row in rows]
 
 
 def _row(item: object, index: int) -> Tensor:

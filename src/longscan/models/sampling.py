@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -35,9 +37,13 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            value = getattr(self, name)
+            if not isinstance(value, Real) or not math.isfinite(value):
+                raise ArgumentError(f"{name} must be a finite number, got {value!r}")
         ranges = {
             "temperature": (self.temperature >= 0, "at least 0"),
-            "top_k": (isinstance(self.top_k, int) and self.top_k >= 0, "an integer of at least 0 (0: off)"),
+            "top_k": (isinstance(self.top_k, Integral) and self.top_k >= 0, "an integer of at least 0 (0: off)"),
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
             "min_p": (0 <= self.min_p <= 1, "in [0, 1]"),
             "repetition_penalty": (self.repetition_penalty > 0, "positive"),
@@ -120,13 +126,22 @@ class Draws:
 
 
 def seeds_of_rows(seed: int | Sequence[int] | None, rows: int) -> list[int]:
-    """A seed per row: ``seed``, ``seed + 1``, ... from one number, fresh ones from None."""
+    """A seed per row: ``seed``, ``seed + 1``, ... from one number, fresh ones from None.
+
+    Raises:
+        ArgumentError: no integers of 64 bits, or not one per row.
+    """
     if seed is None:
         # From the global generator, so that torch.manual_seed makes this repeatable too.
         return [int(value) for value in torch.randint(2**62, (rows,))]
-    if isinstance(seed, int):
-        return [seed + row for row in range(rows)]
-    seeds = list(seed)
+    one = isinstance(seed, Integral)
+    try:
+        seeds = [seed + row for row in range(rows)] if one else list(seed)  # type: ignore[operator, arg-type]
+    except TypeError:
+        raise ArgumentError(f"seed must be an integer, or one per prompt, got {seed!r}") from None
     if len(seeds) != rows:
         raise ArgumentError(f"seed must be one number or one per prompt; got {len(seeds)} for {rows} prompts")
-    return seeds
+    for value in seeds:
+        if not isinstance(value, Integral) or not -(2**63) <= value < 2**64:
+            raise ArgumentError(f"seed must be integers that fit in 64 bits, got {value!r}")
+    return [int(value) for value in seeds]

@@ -15,7 +15,7 @@ Every stage may be cut anywhere: what waits for a group of p to fill up is part 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -44,6 +44,8 @@ class SashimiConfig(MixerChoice, Config):
         mixer, mixer_options, block, block_options: as in :class:`longscan.LanguageModelConfig`; the widths of the
             stages differ, and options have to fit them all.
         mlp_expand: width of the gated MLP after each mixer over its stage's; 0 means none.
+        centre: what is otherwise in the centre, such as ``{"mixer": "mamba", "mlp_expand": 0}``; any of the five
+            arguments before, and n_layer.
         norm: "layer" or "rms".
         dropout: probability, of whole channels of each branch.
 
@@ -61,6 +63,7 @@ class SashimiConfig(MixerChoice, Config):
     block: str = "plain"
     block_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     mlp_expand: int = 2
+    centre: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     norm: str = "layer"
     dropout: float = 0.0
 
@@ -74,6 +77,20 @@ class SashimiConfig(MixerChoice, Config):
         if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout must lie in [0, 1), got {self.dropout!r}")
         self.check_mixers()
+        if not isinstance(self.centre, Mapping):
+            raise ConfigError(f"centre must be a mapping, got {type(self.centre).__name__}")
+        if unknown := [key for key in self.centre if key not in _CENTRE]:
+            raise ConfigError(f"centre: unknown key {unknown[0]!r}; allowed: {', '.join(_CENTRE)}")
+        object.__setattr__(self, "centre", dict(self.centre))
+        if self.centre:
+            self.of_centre()
+
+    def of_centre(self) -> SashimiConfig:
+        """The configuration that the stack in the centre is built by."""
+        return dataclasses.replace(self, centre={}, **self.centre)
+
+
+_CENTRE = ("n_layer", "mixer", "mixer_options", "block", "block_options", "mlp_expand")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +175,7 @@ class Sashimi(StoredModel):
         self.config = config
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
 
-        def stack(width: int) -> Stack:
+        def stack(config: SashimiConfig, width: int) -> Stack:
             return Stack(
                 config,
                 width,
@@ -171,10 +188,10 @@ class Sashimi(StoredModel):
 
         self.embedding = nn.Embedding(config.vocab_size, config.d_model, **factory)
         widths = [config.d_model * config.expand**depth for depth in range(len(config.pool) + 1)]
-        net: Stage | Stack = stack(widths[-1])
+        net: Stage | Stack = stack(config.of_centre(), widths[-1])
         for depth in reversed(range(len(config.pool))):
             width, inner = widths[depth], widths[depth + 1]
-            net = Stage(stack(width), net, stack(width), width, inner, config.pool[depth], **factory)
+            net = Stage(stack(config, width), net, stack(config, width), width, inner, config.pool[depth], **factory)
         self.net = net
         self.norm = make_norm(config.norm, config.d_model, device, dtype)
         self.head = nn.Linear(config.d_model, config.vocab_size, **factory)
@@ -215,7 +232,15 @@ class Sashimi(StoredModel):
         return F.cross_entropy(scores.float().flatten(0, 1), targets.long().flatten())
 
     @torch.no_grad()
-    def generate(self, prompt: Tensor, length: int, *, temperature: float = 1.0, seed: int | None = None) -> Tensor:
+    def generate(
+        self,
+        prompt: Tensor,
+        length: int,
+        *,
+        temperature: float = 1.0,
+        seed: int | None = None,
+        begun: Callable[[int], None] | None = None,
+    ) -> Tensor:
         """Go on from a prompt, sample by sample.
 
         Args:
@@ -223,6 +248,7 @@ class Sashimi(StoredModel):
             length: how many to make.
             temperature: 0 takes the likeliest.
             seed: of the drawing.
+            begun: called before each new sample with how many there are.
 
         Returns:
             (batch, length) int64 new samples.
@@ -237,6 +263,8 @@ class Sashimi(StoredModel):
         scores, state = self(prompt, self.initial_state(len(prompt)))
         made: list[Tensor] = []
         while len(made) < length:
+            if begun is not None:
+                begun(len(made))
             last = scores[:, -1].float()
             if temperature:
                 sample = torch.multinomial(torch.softmax(last / temperature, -1), 1, generator=generator)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import copy
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -175,6 +176,13 @@ def check_batch(batch: int) -> None:
     """Raise ArgumentError unless ``batch`` is a positive integer."""
     if not isinstance(batch, (int, torch.SymInt)) or batch < 1:
         raise ArgumentError(f"batch must be an integer of at least 1, got {batch!r}")
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raise ArgumentError, naming it, unless each is a positive integer."""
+    for name, size in sizes.items():
+        if not isinstance(size, Integral) or size < 1:
+            raise ArgumentError(f"{name} must be an integer of at least 1, got {size!r}")
 
 
 def keep_float32(tensor: T) -> T:

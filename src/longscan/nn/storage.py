@@ -75,7 +75,8 @@ def json_digest(values: Mapping[str, Any]) -> str:
 def flush(path: Path) -> None:
     """Make a file or a folder's list of names survive a power cut, where the system can."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        # Windows flushes no file that is open for reading only.
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     except PermissionError:
         return  # Windows opens no folders
     try:

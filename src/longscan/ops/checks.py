@@ -36,6 +36,13 @@ def check_floating(name: str, tensor: Tensor) -> None:
         raise ArgumentError(f"{name}: got {tensor.dtype}, allowed are float32, bfloat16, float16 and float64")
 
 
+def check_number(name: str, tensor: Tensor) -> None:
+    """Raises `ArgumentError` unless `tensor` is of a floating dtype that the operators take, real or complex."""
+    if tensor.dtype not in FLOATING and tensor.dtype not in REAL:
+        allowed = "float32, bfloat16, float16, float64, complex64 and complex128"
+        raise ArgumentError(f"{name}: got {tensor.dtype}, allowed are {allowed}")
+
+
 def check_device(device: torch.device, **tensors: Tensor | None) -> None:
     """Raises `ArgumentError` naming the first tensor that is not on `device`."""
     for name, tensor in tensors.items():
@@ -51,8 +58,10 @@ def prepare_cu_seqlens(cu_seqlens: Tensor, batch: int, device: torch.device) -> 
         batch: the batch size of the packed row; must be 1.
 
     Raises:
-        ArgumentError: not one-dimensional, not integers, fewer than 2 entries, or a batch other than 1.
+        ArgumentError: no tensor, not one-dimensional, not integers, fewer than 2 entries, or a batch other than 1.
     """
+    if not isinstance(cu_seqlens, Tensor):
+        raise ArgumentError(f"cu_seqlens: got a {type(cu_seqlens).__name__}, expected a tensor of offsets")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise ArgumentError(
             f"cu_seqlens: got shape {tuple(cu_seqlens.shape)}, expected (num_sequences + 1,) with at least 2 entries"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from longscan.nn.storage import write_atomically
+from longscan.tasks.audio import Waveforms, from_mu_law
 from longscan.tasks.task import IGNORED, Task
 
 # Tokens are written into their cells while these are wide enough.
@@ -22,8 +23,8 @@ _LINE, _LINES = 150, 8
 def plot_samples(task: Task, path: Path, *, count: int = 6, length: int | None = None, seed: int = 0) -> Path:
     """Draw samples of a task as a PNG file.
 
-    Images stand as images, what can be read as text. Other tokens are a strip of colours, with what is asked at its
-    place below; values are lines, with what is asked dashed.
+    Images stand as images, what can be read as text, waveforms as lines over seconds. Other tokens are a strip of
+    colours, with what is asked at its place below; values are lines, with what is asked dashed.
 
     Args:
         count: of samples.
@@ -37,6 +38,8 @@ def plot_samples(task: Task, path: Path, *, count: int = 6, length: int | None =
     inputs, targets = task.sample(count, generator, length)
     if task.image_shape:
         draw = _images
+    elif isinstance(task, Waveforms):
+        draw = _waves
     elif task.inputs == "values":
         draw = _values
     else:
@@ -102,6 +105,16 @@ def _tokens(task: Task, inputs: Tensor, targets: Tensor) -> Any:
         panel.set_title(_title(task, target), fontsize=8, loc="left")
         panel.tick_params(labelsize=7)
     panels[-1, 0].set_xlabel("place", fontsize=8)
+    return figure
+
+
+def _waves(task: Task, inputs: Tensor, targets: Tensor) -> Any:
+    assert isinstance(task, Waveforms)
+    figure, panels = _canvas(len(inputs), 1, 0.9, 9)
+    for panel, levels in zip(panels[:, 0], inputs, strict=True):
+        panel.plot(torch.arange(len(levels)) / task.rate, from_mu_law(levels), linewidth=0.5)
+        panel.tick_params(labelsize=7)
+    panels[-1, 0].set_xlabel("seconds", fontsize=8)
     return figure
 
 

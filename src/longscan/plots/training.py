@@ -93,6 +93,23 @@ def draw_speed(speeds: Sequence[tuple[int, float]]) -> Any:
     return figure
 
 
+def draw_estimates(estimates: Sequence[tuple[int, float]]) -> Any:
+    """Held-out bits per byte in the course of a training: pairs of step and estimate.
+
+    Returns:
+        A matplotlib Figure.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 2.8), layout="constrained")
+    panel = figure.subplots()
+    panel.plot(*zip(*estimates, strict=True), "o-", color=COLOURS[0], markersize=4)
+    panel.set_xlabel("step")
+    panel.set_ylabel("held out, bits per byte")
+    panel.grid(alpha=0.3)
+    return figure
+
+
 def draw_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
     """Bits per byte of several runs over the text seen, by name: training, smoothed, and held-out estimates as dots.
 

@@ -77,6 +77,11 @@ def reverse_complement(tokens: Tensor) -> Tensor:
     return (3 - tokens.flip(-1)) % len(BASES)
 
 
+def letters(tokens: Tensor) -> str:
+    """The bases of tokens (places,), as they are written."""
+    return "".join(BASES[token] for token in tokens.tolist())
+
+
 @dataclasses.dataclass(frozen=True)
 class _Genomes(Task):
     """What both tasks read.
@@ -100,6 +105,9 @@ class _Genomes(Task):
     @property
     def vocabulary(self) -> int:
         return len(BASES)
+
+    def words(self, tokens: Tensor) -> str:
+        return letters(tokens)
 
     @functools.cached_property
     def _tokens(self) -> list[tuple[np.ndarray, np.ndarray]]:

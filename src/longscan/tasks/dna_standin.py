@@ -21,8 +21,9 @@ from torch import Tensor
 
 from longscan.errors import ArgumentError
 from longscan.ops.jit import kernel
-from longscan.tasks.dna import BASES, DNA_RECIPE, shifted
+from longscan.tasks.dna import BASES, DNA_RECIPE, letters, shifted
 from longscan.tasks.task import PERPLEXITY, Metric, Recipe, Task, uniform
+from longscan.tasks.watching import telling
 from longscan.tasks.windows import NextToken, fitting
 
 
@@ -44,12 +45,12 @@ class Species:
 
     def draw(self, sequences: np.ndarray, random: np.random.Generator) -> None:
         """Write sequences of this species into uint8 (count, length)."""
-        for row in sequences:
+        for row in telling("drawing sequences", sequences):
             self._walk(row, random.random(len(row)))
 
     def log_likelihood(self, sequences: np.ndarray) -> np.ndarray:
         """(count,) log-probability of each of uint8 (count, length), in nats."""
-        return np.array([self._walk(row, np.empty(0)) for row in sequences])
+        return np.array([self._walk(row, np.empty(0)) for row in telling("weighing sequences", sequences)])
 
     def _walk(self, row: np.ndarray, draws: np.ndarray) -> float:
         marker = functools.reduce(lambda word, base: 4 * word + base, self.marker)
@@ -133,6 +134,9 @@ class _Standin(Task):
     @property
     def vocabulary(self) -> int:
         return len(BASES)
+
+    def words(self, tokens: Tensor) -> str:
+        return letters(tokens)
 
     @functools.cached_property
     def _on(self) -> dict[torch.device, tuple[Tensor, Tensor]]:

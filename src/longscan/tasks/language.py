@@ -25,6 +25,7 @@ from longscan.tasks.sources import STDLIB
 from longscan.tasks.task import BITS_PER_BYTE, Metric, Recipe, Task, uniform
 from longscan.tasks.text import TextConfig, prepare
 from longscan.tasks.tokenizers import BYTES, ByteTokenizer, Tokenizer
+from longscan.tasks.watching import tell
 
 # Scores that are held at once while testing.
 _SCORES = 1 << 26
@@ -62,7 +63,8 @@ class Language(Task):
 
     @functools.cached_property
     def _text(self) -> tuple[Corpus, Tokenizer]:
-        return prepare(TextConfig(self.data, self.tokenizer, max_bytes=self.max_bytes, held_out=self.fraction))
+        text = TextConfig(self.data, self.tokenizer, max_bytes=self.max_bytes, held_out=self.fraction)
+        return prepare(text, progress=tell)
 
     @functools.cached_property
     def _on(self) -> dict[torch.device, tuple[Tensor, Tensor]]:

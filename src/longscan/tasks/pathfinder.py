@@ -11,6 +11,10 @@ from longscan.tasks.generated import GeneratedTask
 from longscan.tasks.generators.pathfinder import arena_paths, draw_paths
 from longscan.tasks.pixels import PixelTask
 from longscan.tasks.task import Recipe
+from longscan.tasks.watching import blocks
+
+# Of the paths that images are drawn from, memory is held for so many images.
+_AT_ONCE = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +45,12 @@ class Pathfinder(GeneratedTask, PixelTask):
         return 2
 
     def make(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        drawn = draw_paths(count, arena_paths(self.side, self.dashes), seed=0)
-        return drawn.images.reshape(count, -1), drawn.labels
+        images, labels = np.empty((count, self.length), np.uint8), np.empty(count, np.uint8)
+        for first, some in blocks("drawing images", count, _AT_ONCE):
+            drawn = draw_paths(some, arena_paths(self.side, self.dashes), seed=0, first=first)
+            images[first : first + some] = drawn.images.reshape(some, -1)
+            labels[first : first + some] = drawn.labels
+        return images, labels
 
 
 @dataclasses.dataclass(frozen=True)

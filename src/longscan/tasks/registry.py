@@ -17,6 +17,7 @@ from longscan.tasks.language import Language
 from longscan.tasks.listops import ListOps
 from longscan.tasks.pathfinder import Pathfinder, PathX
 from longscan.tasks.selective_copying import SelectiveCopying
+from longscan.tasks.spoken_digits import SpokenDigitsClassesStandin, SpokenDigitsStandin
 from longscan.tasks.task import Task
 from longscan.tasks.trajectories import CharacterTrajectories, TrajectoriesStandin
 
@@ -44,6 +45,8 @@ TASKS = SYNTHETIC | _by_name(
     DNASpeciesStandin,
     Audio,
     NotesStandin,
+    SpokenDigitsStandin,
+    SpokenDigitsClassesStandin,
     ListOps,
     Pathfinder,
     PathX,

@@ -101,6 +101,10 @@ class Recipe:
             state spaces); 0: as for the rest.
         weight_decay: of AdamW, on matrices.
         betas, eps: of AdamW.
+        shortest: length that training begins with (HyenaDNA's warm-up of lengths, Nguyen et al. 2023); it doubles, up
+            to the task's, over the first ``length_warmup`` steps. Batches have as many more sequences, and so as many
+            places as ``batch_size`` of the task's length; 0: all training is at the task's length.
+        length_warmup: see there.
         clip: largest norm of the gradient; 0 leaves it as it is.
         precision: "float32", or "bfloat16" (autocast).
     """
@@ -128,6 +132,8 @@ class Recipe:
     warmup: int = 0
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     floor: float = 0.0
+    shortest: int = 0
+    length_warmup: int = 0
     clip: float = 1.0
     precision: Literal["float32", "bfloat16"] = "float32"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from longscan.errors import ConfigError, StorageError
+from longscan.models import LanguageModelConfig
 from longscan.models.pretrained import CONFIG_FILE
 from longscan.nn.storage import write_text
 
@@ -22,6 +24,12 @@ SAMPLE_FILE = "sample.txt"
 _FORMAT = 1
 
 
+def check_name(name: str) -> None:
+    """Raise ConfigError unless a run can have this name."""
+    if not name or name != Path(name).name or name.startswith("."):
+        raise ConfigError(f"name must be a plain folder name, got {name!r}")
+
+
 def create_run(root: Path, name: str, config: dict[str, Any], *, exact: bool = False) -> Path:
     """Make ``root/name`` (or ``name-2``, ``name-3``, ... if it is taken) with its ``config.json`` in one step.
 
@@ -29,8 +37,7 @@ def create_run(root: Path, name: str, config: dict[str, Any], *, exact: bool = F
         ConfigError: the name is no plain folder name, or it is taken and ``exact`` asks for no other.
         StorageError: the folder cannot be made.
     """
-    if not name or name != Path(name).name or name.startswith("."):
-        raise ConfigError(f"name must be a plain folder name, got {name!r}")
+    check_name(name)
     try:
         root.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=root))
@@ -45,8 +52,10 @@ def create_run(root: Path, name: str, config: dict[str, Any], *, exact: bool = F
                     try:
                         os.rename(building, folder)
                         return folder
-                    except FileExistsError:
-                        pass
+                    except OSError as error:
+                        # Another process was faster; a folder that is not empty is an error of its own kind.
+                        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                            raise
                 if exact:
                     raise ConfigError(
                         f"name: {folder} exists; go on with it by --resume {folder}, or take another name"
@@ -95,7 +104,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     """The configuration of a run.
 
     Raises:
-        ConfigError: the folder is not there or not a run.
+        ConfigError: the folder is not there or not a run, or no model is like its configuration.
     """
     path = folder / CONFIG_FILE
     if not folder.is_dir():
@@ -108,4 +117,8 @@ def read_run(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{folder} is not a run of `longscan train`: {path.name}: {error}") from error
     if config.get("format") != _FORMAT:
         raise ConfigError(f"{path} has format {config.get('format')}, this version reads {_FORMAT}")
+    try:
+        LanguageModelConfig.from_dict(config["model"])
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     return config

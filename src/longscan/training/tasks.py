@@ -27,6 +27,7 @@ from longscan.tasks.task import Recipe, Task
 from longscan.training.carried import CarriedStates
 from longscan.training.objectives import log_cross_entropy
 from longscan.training.optimizers import clip_gradients, parameter_groups
+from longscan.training.task_schedules import rate_factor, stage_at, stages_to_master
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +148,6 @@ class TaskTrainer:
         self.steps_done = 0
         # How many of the recipe's easier stages are mastered: shorter lengths, then its own without states carried.
         self._mastered = 0
-        self._stages = len(recipe.lengths) + recipe.carry_state
         self._device, self._seed = device, seed
         self._generator = torch.Generator(device).manual_seed(seed)
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
@@ -160,10 +160,12 @@ class TaskTrainer:
         self._captures = capture and device.type == "cuda" and all(mixer.capturable for mixer in mixers)
         self._drops = any(getattr(module, "dropout", 0) for module in model.modules())
         self._carried = self._new_carried()
-        task.to(device)
+        # Of a GPU its number, too, which the draws will come with.
+        task.to(self._generator.device)
         model.train()
+        self._stage = stage_at(recipe, task.length, 0, 0)
         with self._own_dropout():
-            self._make_state()
+            self._rehearse()
 
     def _new_optimizer(self) -> tuple[torch.optim.Optimizer, list[tuple[Tensor, float]]]:
         """AdamW, and its learning rates, each with the highest that it takes."""
@@ -201,31 +203,51 @@ class TaskTrainer:
             )
         return CarriedStates(self.model, recipe.batch_size, recipe.steps, self._generator)
 
-    def _make_state(self) -> None:
-        """Let the optimiser make its tensors, and a GPU compile and allocate; then all is as before."""
-        before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+    def _rehearse(self) -> None:
+        """Do steps and undo them: the optimiser makes its tensors, a GPU compiles and allocates for this stage."""
+        model = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        moments = {id(tensor): tensor.clone() for state in self._optimizer.state.values() for tensor in state.values()}
+        rest = [(tensor, tensor.clone()) for tensor in (self._sums, self._count, *self._kept())]
         random = self._generator.get_state()
         if self._captures:
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                for stage in range(self._stages + 1):
-                    self._mastered = stage
-                    for _ in range(_WARM_UP):
-                        self._step()
+                for _ in range(_WARM_UP):
+                    self._step()
             torch.cuda.current_stream().wait_stream(side)
-            self._mastered = 0
         else:
             self._step()
-        self.model.load_state_dict(before)
+        self.model.load_state_dict(model)
         for state in self._optimizer.state.values():
             for tensor in state.values():
-                tensor.zero_()
-        self._sums.zero_()
-        self._count.zero_()
-        if self._carried is not None:
-            self._carried.begin_anew()
+                if id(tensor) in moments:
+                    tensor.copy_(moments[id(tensor)])
+                else:
+                    tensor.zero_()
+        for tensor, before in rest:
+            tensor.copy_(before)
         self._generator.set_state(random)
+
+    def _enter_stage(self) -> int:
+        """Go over to the stage that this step is of; gives the steps until it ends (at least 1)."""
+        stage = stage_at(self.recipe, self.task.length, self.steps_done, self._mastered)
+        if stage != self._stage:
+            self._stage = stage
+            if self._captures:
+                random = self._generator.get_state()
+                self._graph = None
+                self._new_generator(random)
+                with self._own_dropout():
+                    self._rehearse()
+        return stage.ends - self.steps_done if stage.ends is not None else 1 << 62
+
+    def _new_generator(self, random: Tensor) -> None:
+        """One that no graph has registered."""
+        self._generator = torch.Generator(self._device)
+        self._generator.set_state(random)
+        if self._carried is not None:
+            self._carried.generator = self._generator
 
     def _step(self) -> None:
         recipe = self.recipe
@@ -235,10 +257,10 @@ class TaskTrainer:
             factor = rate_factor(recipe, self._count)
             for rate, highest in self._rates:
                 rate.copy_(factor * highest)
-        length = (*recipe.lengths, None, None)[self._mastered]
-        inputs, targets = self.task.sample(recipe.batch_size, self._generator, length)
+        stage = self._stage
+        inputs, targets = self.task.sample(recipe.batch_size * stage.batches, self._generator, stage.length)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-            scores = self._scores(inputs, length)
+            scores = self._scores(inputs)
         loss = self.task.loss(scores, targets)
         lowered = log_cross_entropy(scores, targets) if recipe.objective == "log-loss" else loss
         lowered.backward()
@@ -246,11 +268,11 @@ class TaskTrainer:
         self._optimizer.step()
         self._sums += torch.stack([loss.detach(), *self.task.judge(scores.detach(), targets)])
 
-    def _scores(self, inputs: Tensor, length: int | None) -> Tensor:
-        if self._carried is None or not self.at_last_stage:
-            return task_scores(self.model, self.task, inputs, length)
+    def _scores(self, inputs: Tensor) -> Tensor:
+        if self._carried is None or not self._stage.carries:
+            return task_scores(self.model, self.task, inputs, self._stage.length)
         assert isinstance(self.model, LanguageModel)
-        return self.model.head(self._carried.read(inputs)[:, -self.task.answers(length) :])
+        return self.model.head(self._carried.read(inputs)[:, -self.task.answers() :])
 
     def _kept(self) -> list[Tensor]:
         return [] if self._carried is None else self._carried.tensors
@@ -266,42 +288,43 @@ class TaskTrainer:
             logger.warning("the step cannot be captured as a CUDA graph, it runs without: %s", error)
             self._captures = False
             self._optimizer.zero_grad(set_to_none=True)
-            # The old one is still the broken graph's.
-            self._generator = torch.Generator(self._device)
-            self._generator.set_state(random)
-            if self._carried is not None:
-                self._carried.generator = self._generator
+            self._new_generator(random)
         else:
             self._graph = graph
 
     @property
     def at_last_stage(self) -> bool:
         """Whether all that the recipe puts first, such as shorter lengths, is done with."""
-        return self._mastered == self._stages
+        return stage_at(self.recipe, self.task.length, self.steps_done, self._mastered).last
 
     def advance(self, steps: int) -> Point:
-        """Do ``steps`` steps, of one stage.
+        """Do ``steps`` steps.
 
         Raises:
             TrainingError: the loss is no longer a number.
         """
-        if self._captures and self._graph is None:
-            self._capture()
-        run = self._step if self._graph is None else self._graph.replay
         self._sums.zero_()
-        with self._own_dropout():
-            for _ in range(steps):
-                run()
-        self.steps_done += steps
+        left = steps
+        while left:
+            here = min(left, self._enter_stage())
+            if self._captures and self._graph is None:
+                self._capture()
+            run = self._step if self._graph is None else self._graph.replay
+            with self._own_dropout():
+                for _ in range(here):
+                    run()
+            self.steps_done += here
+            left -= here
         loss, *judged = self._sums.tolist()
         if not math.isfinite(loss):
             raise TrainingError(
                 f"before step {self.steps_done}: the loss is {loss / steps}; lower learning_rate or lengthen warmup"
             )
         point = Point(self.steps_done, loss / steps, self.task.metric.score(*judged))
-        if not self.at_last_stage and self.task.metric.reaches(point.figure, self.recipe.passed):
+        if self._mastered < stages_to_master(self.recipe) and self.task.metric.reaches(
+            point.figure, self.recipe.passed
+        ):
             self._mastered += 1
-            self._graph = None
         return point
 
     @contextlib.contextmanager
@@ -365,19 +388,7 @@ class TaskTrainer:
             ) from error
         self.steps_done = int(about.pop("steps"))
         self._mastered = int(about.pop("mastered", 0))
-        self._graph = None
         return dict(about)
-
-
-def rate_factor(recipe: Recipe, step: Tensor) -> Tensor:
-    """What the highest learning rate is multiplied with at a step, counted from 1."""
-    rise = (step / recipe.warmup).clamp(max=1) if recipe.warmup else torch.ones_like(step)
-    if recipe.schedule == "constant":
-        return rise
-    left = 1 - ((step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)).clamp(0, 1)
-    if recipe.schedule == "cosine":
-        left = 0.5 - 0.5 * torch.cos(math.pi * left)
-    return rise * (recipe.floor + (1 - recipe.floor) * left)
 
 
 def _copy(target: Tensor, source: Tensor, name: str) -> None:

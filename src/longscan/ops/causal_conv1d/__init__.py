@@ -71,6 +71,7 @@ def causal_conv1d(
         sequences = cu_seqlens.shape[0] - 1
     if initial_state is not None:
         meaning = "(batch, width - 1, channels)" if cu_seqlens is None else "(num_sequences, width - 1, channels)"
+        check_floating("initial_state", initial_state)
         check_shape("initial_state", initial_state, (sequences, weight.shape[1] - 1, channels), meaning)
 
     y_dtype = x.dtype
@@ -119,6 +120,7 @@ def causal_conv1d_update(
     batch, channels = x.shape
     check_floating("x", x)
     silu = _check_filter(channels, weight, bias, activation)
+    check_floating("state", state)
     check_shape("state", state, (batch, weight.shape[1] - 1, channels), "(batch, width - 1, channels)")
     check_device(x.device, state=state, weight=weight, bias=bias)
     tensors = (state, x, weight, bias)

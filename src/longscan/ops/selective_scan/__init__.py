@@ -12,6 +12,7 @@ from longscan.ops.checks import (
     activation_dtype,
     check_device,
     check_floating,
+    check_number,
     check_shape,
     prepare_cu_seqlens,
 )
@@ -92,6 +93,7 @@ def selective_scan(
     if A.dim() != 2 or A.shape[0] != channels or A.shape[1] < 1:
         raise ArgumentError(f"A: got shape {tuple(A.shape)}, expected (channels, state) = ({channels}, at least 1)")
     state = A.shape[1]
+    _check_numbers(A=A, B=B, C=C, initial_state=initial_state)
     for name, tensor in (("x", x), ("dt", dt), ("z", z)):
         if tensor is not None:
             check_floating(name, tensor)
@@ -160,6 +162,7 @@ def selective_state_update(
     if A.dim() != 2 or A.shape[0] != channels or A.shape[1] < 1:
         raise ArgumentError(f"A: got shape {tuple(A.shape)}, expected (channels, state) = ({channels}, at least 1)")
     check_shape("state", state, (batch, channels, A.shape[1]), "(batch, channels, state)")
+    _check_numbers(A=A, B=B, C=C, state=state)
     for name, tensor in (("x", x), ("dt", dt), ("z", z)):
         if tensor is not None:
             check_floating(name, tensor)
@@ -195,6 +198,16 @@ def selective_state_update(
         promoted, x, dt, A, B, C, D, z, dt_bias, dt_softplus, backends.requested(backend)
     )
     return y.to(y_dtype), promoted
+
+
+def _check_numbers(A: Tensor, **tensors: Tensor | None) -> None:
+    """Checks the dtypes of A and of what may be complex only if it is."""
+    check_number("A", A)
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            check_number(name, tensor)
+            if tensor.is_complex() and not A.is_complex():
+                raise ArgumentError(f"{name}: is complex while A is real; allowed are a real {name} or a complex A")
 
 
 def _check_parameters(channels: int, D: Tensor | None, dt_bias: Tensor | None) -> None:
@@ -253,14 +266,7 @@ def _promote(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Activations in `dtype`, parameters and state in the precision of the sums."""
     real = ACCUMULATION[dtype]
-    parameter = real
-    if A.is_complex():
-        parameter = torch.complex128 if real == torch.float64 else torch.complex64
-    elif B.is_complex() or C.is_complex():
-        name = "B" if B.is_complex() else "C"
-        raise ArgumentError(f"{name}: is complex while A is real; allowed are a real {name} or a complex A")
-    elif state is not None and state.is_complex():
-        raise ArgumentError("initial_state: is complex while A is real; allowed are a real state or a complex A")
+    parameter = torch.promote_types(real, torch.complex64) if A.is_complex() else real
     varying = parameter if A.is_complex() else dtype
     return (
         x.to(dtype),

@@ -15,6 +15,7 @@ from numba import prange
 from longscan.errors import DataError
 from longscan.ops.jit import inline, kernel, parallel_kernel, run
 from longscan.tasks.generators.randoms import below, stream, uniform
+from longscan.tasks.watching import tell
 
 #: What stands for each token: padding, the digits, operators with their bracket, the closing bracket.
 SYMBOLS = ("_", *"0123456789", "[MAX", "[MIN", "[MED", "[SM", "]")
@@ -26,6 +27,8 @@ _OPERATOR_SHARE = 0.25
 _PATIENCE = 64
 # Trees to draw until one has a length that is asked for; by the Arena's numbers one in fifteen has.
 _TRIES = 100_000
+# Drawn at once, so that it can be said how far it is.
+_AT_ONCE = 1 << 14
 
 
 @inline
@@ -130,7 +133,8 @@ def expressions(
                 f"{drawn:,} expressions of max_depth {max_depth}, max_args {max_args} and length {above + 1} to "
                 f"{under - 1} had only {kept:,} different ones among them, {count:,} are needed; widen the bounds"
             )
-        batch = count - kept if drawn else 1  # one alone shows whether the bounds can be met
+        tell("drawing expressions", kept, count)
+        batch = min(count - kept, _AT_ONCE) if drawn else 1  # one alone shows whether the bounds can be met
         part = tuple(array[kept : kept + batch] for array in (tokens, lengths, values, digests))
         run(_expressions, _expression, batch, seed, drawn, max_depth, max_args, above, *part)
         drawn += batch
