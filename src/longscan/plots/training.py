@@ -75,21 +75,27 @@ def draw_training(
     return figure
 
 
+def _panel(height: float, across: str, up: str) -> tuple[Any, Any]:
+    """A figure with one panel of these labels."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, height), layout="constrained")
+    panel = figure.subplots()
+    panel.set_xlabel(across)
+    panel.set_ylabel(up)
+    panel.grid(alpha=0.3)
+    return figure, panel
+
+
 def draw_speed(speeds: Sequence[tuple[int, float]]) -> Any:
     """How fast a run was: pairs of tokens seen and tokens a second.
 
     Returns:
         A matplotlib Figure.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 2.4), layout="constrained")
-    panel = figure.subplots()
+    figure, panel = _panel(2.4, "tokens seen (millions)", "tokens/s")
     panel.plot(*zip(*((tokens / 1e6, speed) for tokens, speed in speeds), strict=True), linewidth=0.8)
     panel.set_ylim(0, 1.1 * max(speed for _, speed in speeds))
-    panel.set_xlabel("tokens seen (millions)")
-    panel.set_ylabel("tokens/s")
-    panel.grid(alpha=0.3)
     return figure
 
 
@@ -99,14 +105,8 @@ def draw_estimates(estimates: Sequence[tuple[int, float]]) -> Any:
     Returns:
         A matplotlib Figure.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 2.8), layout="constrained")
-    panel = figure.subplots()
+    figure, panel = _panel(2.8, "step", "held out, bits per byte")
     panel.plot(*zip(*estimates, strict=True), "o-", color=COLOURS[0], markersize=4)
-    panel.set_xlabel("step")
-    panel.set_ylabel("held out, bits per byte")
-    panel.grid(alpha=0.3)
     return figure
 
 
@@ -116,10 +116,7 @@ def draw_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
     Returns:
         A matplotlib Figure.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    panel = figure.subplots()
+    figure, panel = _panel(5, "tokens seen (millions)", "bits per byte")
     for index, (name, rows) in enumerate(runs.items()):
         colour = COLOURS[index % len(COLOURS)]
         for key, look in (("bits_per_byte", "-"), ("held_out_bits_per_byte", "o")):
@@ -129,9 +126,6 @@ def draw_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
                 training = look == "-"
                 shown = _smooth(values) if training else values
                 panel.plot(tokens, shown, look, color=colour, markersize=4, label=name if training else None)
-    panel.set_xlabel("tokens seen (millions)")
-    panel.set_ylabel("bits per byte")
-    panel.grid(alpha=0.3)
     panel.legend(fontsize=8, frameon=False)
     return figure
 
