@@ -93,6 +93,9 @@ class Options:
     """Stop after so long, with everything saved."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto: a GPU if there is one."""
+    sharing: int = 1
+    """How many trainings, this one included, the device has at a time; noted with the results, whose times are no speeds
+    then."""
     experiments: Path = Path("experiments")
     """Folder of the experiments' files."""
     results: Path = Path("results")
@@ -127,7 +130,7 @@ def run(options: Options, console: Console | None = None) -> int:
                 console.print("stopped, all is saved; the same command goes on")
                 return 128 + (stop.signal or signal.SIGINT) if stop() else 0
             with _bar(console, system.label):
-                written = [done.result().save(options.results), *_beside(done, options)]
+                written = [done.result(options.sharing).save(options.results), *_beside(done, options)]
             for path in written:
                 console.print(f"written: {path}")
     results = read_results(options.results, settings.name)

@@ -108,8 +108,12 @@ def cost_cells(result: Result) -> list[str]:
         f"{1000 * result.train_seconds / result.steps:.2f}",
         duration(result.train_seconds),
         duration(result.test_seconds),
-        f"{result.device}, {result.commit or 'no commit'}",
+        f"{result.device}{_beside_others(result)}, {result.commit or 'no commit'}",
     ]
+
+
+def _beside_others(result: Result) -> str:
+    return f", one of {result.sharing} at a time" if result.sharing > 1 else ""
 
 
 def measured_cost(results: Iterable[Result]) -> str:
@@ -117,7 +121,7 @@ def measured_cost(results: Iterable[Result]) -> str:
     results = list(results)
     seconds = sorted(result.train_seconds + result.test_seconds for result in results)
     ends = list(dict.fromkeys(map(duration, (seconds[0], seconds[-1]))))
-    devices = " and ".join(dict.fromkeys(result.device for result in results))
+    devices = " and ".join(dict.fromkeys(result.device + _beside_others(result) for result in results))
     return f"measured: {' to '.join(ends)} a system on {devices}"
 
 
