@@ -267,6 +267,14 @@ def test_enough_at_a_shorter_length_is_not_enough(options: Options) -> None:
     assert "Mamba: lengths 4, 8 first." in results_page([again.result()], {})
 
 
+def test_trainings_beside_one_another_are_said_to_be(options: Options) -> None:
+    told(options, name="small-heads", only="mamba", sharing=8)
+    (result,) = read_results(options.results)
+    assert result.sharing == 8
+    assert f"| {result.device}, one of 8 at a time, " in results_page([result], {})
+    assert f"on {result.device}, one of 8 at a time" in told(options, list=True)[1].replace("\n", " ")
+
+
 def test_data_are_where_one_says(options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_digits(tmp_path / "mnist")
     text = EXPERIMENT.replace("induction_heads", "sequential_digits").replace("length = 16, vocab = 6", "length = 16")
