@@ -94,7 +94,7 @@ class Options:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto: a GPU if there is one."""
     sharing: int = 1
-    """How many trainings, this one included, the device has at a time; noted with the results, whose times are no speeds
+    """How many trainings, this one included, the device has at a time; the results say so, as their times are no speeds
     then."""
     experiments: Path = Path("experiments")
     """Folder of the experiments' files."""

@@ -47,7 +47,7 @@ def stages_to_master(recipe: Recipe) -> int:
 
 
 def is_over(recipe: Recipe, mastered: int, steps: int, learnt: bool) -> bool:
-    """Whether a stage that has lasted so many steps gives way to the next: it is learnt, or patience with it has ended."""
+    """Whether a stage that has lasted so many steps gives way to the next: it is learnt, or patience has ended."""
     shorter = mastered < len(recipe.lengths)
     return mastered < stages_to_master(recipe) and (learnt or (shorter and 0 < recipe.patience <= steps))
 
