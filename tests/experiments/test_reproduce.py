@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -96,7 +97,11 @@ def test_from_the_file_to_the_page(options: Options) -> None:
     code, text = told(options, report=True, name=None)
     page = options.docs.read_text()
     assert f"| Mamba | {percent(mamba.figures['16'])} (99.5) | {percent(mamba.figures['32'])} |" in page
-    assert "Small heads, scale: paper" in page
+    assert "## Small heads, scale: paper" in page
+    assert "| [Small heads](#small-heads-scale-paper) | paper | 2 |" in page
+    figure = re.search(r"!\[Small heads, scale: paper\]\((.*)\)", page)
+    assert figure is not None
+    assert (options.docs.parent / figure[1]).resolve() == (options.results / "small_heads" / "paper.png").resolve()
     assert "measured: " in told(options, list=True)[1]
 
 
@@ -264,7 +269,10 @@ def test_enough_at_a_shorter_length_is_not_enough(options: Options) -> None:
     assert not again.trained
     assert again.go_on(lambda: False, lambda point, figures: None)
     assert len(again.curve) == 3
-    assert "Mamba: lengths 4, 8 first." in results_page([again.result()], {})
+    result = again.result()
+    assert "Mamba: lengths 4, 8 first." in results_page([result], {})
+    patient = dataclasses.replace(result, recipe={**result.recipe, "patience": 2000})
+    assert "Mamba: lengths 4, 8 first, at most 2,000 steps each." in results_page([patient], {})
 
 
 def test_trainings_beside_one_another_are_said_to_be(options: Options) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import signal
 import sys
 import time
@@ -325,5 +326,6 @@ def _report(options: Options, published: dict[str, Published], console: Console)
         own = [result for result in results if result.experiment == name]
         for path in plot_experiment(own, published, options.results):
             console.print(f"written: {path}")
-    console.print(f"written: {write_text(options.docs, results_page(results, published))}")
+    figures = os.path.relpath(options.results, options.docs.parent)
+    console.print(f"written: {write_text(options.docs, results_page(results, published, figures))}")
     return 0
