@@ -96,6 +96,8 @@ def test_from_the_file_to_the_page(options: Options) -> None:
     assert (options.results / "small_heads" / "paper.png").stat().st_size > 1000
     code, text = told(options, report=True, name=None)
     page = options.docs.read_text()
+    # In the order of the experiment's file.
+    assert page.index("\n| Mamba |") < page.index("\n| attention |")
     assert f"| Mamba | {percent(mamba.figures['16'])} (99.5) | {percent(mamba.figures['32'])} |" in page
     assert "## Small heads, scale: paper" in page
     assert "| [Small heads](#small-heads-scale-paper) | paper | 2 |" in page

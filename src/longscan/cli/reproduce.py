@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -134,7 +134,7 @@ def run(options: Options, console: Console | None = None) -> int:
                 written = [done.result(options.sharing).save(options.results), *_beside(done, options)]
             for path in written:
                 console.print(f"written: {path}")
-    results = read_results(options.results, settings.name)
+    results = _in_order(read_results(options.results, settings.name), options.experiments)
     own = [result for result in results if result.scale == settings.scale]
     console.print(experiment_table(own, beside(published, settings.published, settings.scale)))
     for path in plot_experiment(results, published, options.results):
@@ -320,8 +320,21 @@ def experiment_table(results: Sequence[Result], published: Published | None) -> 
     return table
 
 
+def _in_order(results: Iterable[Result], folder: Path) -> list[Result]:
+    """By experiment, and within it as its file has the systems and sizes; what no file has any more comes last."""
+    files = {name: read_toml(folder / f"{name}.toml") for name in _names(folder)}
+
+    def place(result: Result) -> tuple[str, int, int, int]:
+        values = files.get(result.experiment, {})
+        families = [*values.get("systems", {}), result.family or result.system]
+        sizes = [*values.get(result.scale, {}).get("sizes", {}), result.size]
+        return result.experiment, families.index(families[-1]), sizes.index(result.size), result.seed
+
+    return sorted(results, key=place)
+
+
 def _report(options: Options, published: dict[str, Published], console: Console) -> int:
-    results = read_results(options.results)
+    results = _in_order(read_results(options.results), options.experiments)
     for name in dict.fromkeys(result.experiment for result in results):
         own = [result for result in results if result.experiment == name]
         for path in plot_experiment(own, published, options.results):
