@@ -104,7 +104,7 @@ def test_from_the_file_to_the_page(options: Options) -> None:
     figure = re.search(r"!\[Small heads, scale: paper\]\((.*)\)", page)
     assert figure is not None
     assert (options.docs.parent / figure[1]).resolve() == (options.results / "small_heads" / "paper.png").resolve()
-    assert "measured: " in told(options, list=True)[1]
+    assert "measured: " in told(options, list=True, name=None)[1]
 
 
 def test_another_scale_is_not_held_against_what_was_published(options: Options) -> None:
@@ -177,7 +177,7 @@ def test_several_sizes(options: Options) -> None:
     assert (options.results / "small_heads" / "paper.png").stat().st_size > 1000
     told(options, sizes="l")
     assert set(results(options)) == {"mamba-s", "mamba-l", "attention-s", "attention-l"}
-    assert "4 of 4: attention, mamba" in told(options, list=True)[1]
+    assert "4 of 4: attention, mamba" in told(options, list=True, name=None)[1]
     with pytest.raises(ConfigError, match="--sizes: small_heads has no 'xl', it has s, l"):
         told(options, sizes="xl")
     with pytest.raises(ConfigError, match="--only: small_heads has no 'lstm', it has mamba, attention"):
@@ -278,11 +278,11 @@ def test_enough_at_a_shorter_length_is_not_enough(options: Options) -> None:
 
 
 def test_trainings_beside_one_another_are_said_to_be(options: Options) -> None:
-    told(options, name="small-heads", only="mamba", sharing=8)
+    told(options, only="mamba", sharing=8)
     (result,) = read_results(options.results)
     assert result.sharing == 8
     assert f"| {result.device}, one of 8 at a time, " in results_page([result], {})
-    assert f"on {result.device}, one of 8 at a time" in told(options, list=True)[1].replace("\n", " ")
+    assert f"on {result.device}, one of 8 at a time" in told(options, list=True, name=None)[1].replace("\n", " ")
 
 
 def test_data_are_where_one_says(options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -323,6 +323,14 @@ def test_costs_are_measured_where_there_are_results(options: Options) -> None:
     text = " ".join(told(options, list=True, name=None)[1].split())
     assert "measured: " in text
     assert "a second" not in text
+
+
+def test_one_experiment_lists_its_systems(options: Options) -> None:
+    told(options, only="mamba")
+    (result,) = read_results(options.results)
+    text = " ".join(told(options, list=True)[1].split())
+    assert f"mamba Mamba {percent(result.figures['16'])}%, 32: {percent(result.figures['32'])}%" in text
+    assert "attention attention 12 steps to do" in text
 
 
 def test_what_takes_time_is_told(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
