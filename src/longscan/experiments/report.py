@@ -15,7 +15,8 @@ _HEAD = """# Results
 
 Written by `longscan reproduce --report` from the files in `results/`; do not edit. Our figures come first, published
 ones in brackets behind them. *paper* is the published setting, *short* its task with minutes of training on a GPU,
-*here* one scaled down for two CPU cores. Each section names the command that makes it.
+*here* one scaled down for two CPU cores. Each section names the command that makes it. What the figures say, and where
+they fall short: [findings](findings.md).
 """
 
 
