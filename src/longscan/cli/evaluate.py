@@ -138,10 +138,12 @@ def run(options: Options) -> int:
             table.add_row(f"{bucket['first']} to {bucket['last']}", f"{bucket['bits_per_byte']:.3f}")
         display.console.print(table)
         report.update(
-            trained=dataclasses.asdict(saved.training),
+            model=model.config.to_dict(),
+            training=dataclasses.asdict(saved.training),
             machine=diagnostics.describe_machine(),
             versions=diagnostics.versions(),
             commit=diagnostics.commit(),
+            command=diagnostics.command_line(),
         )
         path = options.output or options.run / "evaluation.json"
         write_text(path, json.dumps(report, indent=2) + "\n")
