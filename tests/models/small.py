@@ -27,7 +27,8 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "transformer-2017": {
         "mixer": "attention", "mixer_options": {"rotary": False, "head_dim": 5, "n_heads": 2}, "d_intermediate": 24,
-        "norm": "layer", "prenorm": False, "mlp": "relu", "positions": "learned", "max_positions": 64,
+        "norm": "layer", "prenorm": False, "mlp": "relu", "positions": "learned", "max_positions": 64, "d_model": 24,
+        "tie_embeddings": False,
     },
     "recurrent": {"mixer": ("lstm", "dilated_rnn"), "mixer_options": {"dilated_rnn": {"dilations": [1, 3]}}},
 }  # fmt: skip
