@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections import OrderedDict
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -36,6 +42,46 @@ def test_stretches_are_the_whole(steps: int | None) -> None:
     (found,), (last,) = walk(decays, (x,), (h,), (a,), True, steps=steps, reverse=True)
     torch.testing.assert_close(found, expected(x.flip(0), h, a).flip(0))
     torch.testing.assert_close(last, found[0])
+
+
+class Replayed(module._Graph):
+    """As a graph is: what it wrote lies in one place, and replaying reads what its inputs hold by then."""
+
+    def __init__(self, stretch: module.Stretch, parts: tuple[Tensors, ...], options: tuple[Any, ...]) -> None:
+        self._inputs = tuple(tuple(tensor.clone() for tensor in part) for part in parts)
+        self._outputs = stretch(*self._inputs, *options)
+        self._graph = self  # type: ignore[assignment]
+        self._again = partial(stretch, *self._inputs, *options)
+
+    def replay(self) -> None:
+        for kept, new in zip(self._outputs, self._again(), strict=True):
+            for one, other in zip(kept, new, strict=True):
+                one.copy_(other)
+
+
+def test_what_a_graph_is_given_and_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs by what they were captured from, and stretches that go through one memory."""
+    monkeypatch.setattr(module, "_Graph", Replayed)
+    monkeypatch.setattr(module, "_graphs", OrderedDict())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    a = torch.tensor(0.9).double()
+    for seed in range(2):
+        torch.manual_seed(seed)
+        x, h = torch.randn(12, 3).double(), torch.randn(3).double()
+        found, carried = [], (h,)
+        for piece in x.split(4):
+            (own,), carried = module._replayed(decays, (piece,), carried, (a,), ())
+            found.append(own)
+        torch.testing.assert_close(torch.cat(found), expected(x, h, a))
+        assert [type(graph) for graph in module._graphs.values()] == [Replayed]
+    # Backwards is another graph, and the last used are kept.
+    module._replayed(decays, (x,), (h,), (a,), (True,))
+    assert len(module._graphs) == 2
+    for length in range(1, 2 * module._KEPT):
+        module._replayed(decays, (torch.randn(length, 3).double(),), (h,), (a,), ())
+    assert len(module._graphs) == module._KEPT
 
 
 @pytest.mark.gpu

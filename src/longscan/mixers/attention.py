@@ -65,6 +65,10 @@ class Attention(SequenceMixer):
         rotary: whether queries and keys are turned by their positions.
         rotary_base: the longest wavelength of the positions over 2 pi.
         bias: whether the projections have biases.
+
+    Raises:
+        ArgumentError: a size is below 1, heads do not divide one another or the width, or head_dim is odd with rotary
+            positions.
     """
 
     undivided = None

@@ -65,6 +65,10 @@ class HiPPO(SequenceMixer):
 
     Attributes:
         A, B: (order, order) and (order,), float32 buffers. Not trained.
+
+    Raises:
+        ArgumentError: a size is below 1, there is no such measure or discretisation, or the window is not one (LegS has
+            none).
     """
 
     undivided = None

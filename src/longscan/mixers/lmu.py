@@ -66,6 +66,9 @@ class LMU(SequenceMixer):
     Attributes:
         drift, B_bar: A_bar - 1 (order, order) and B_bar (order,), float32 buffers: not trained, as in both papers. Of a
             long window A_bar is nearly 1, and rounded to float32 would have lost what makes it forget.
+
+    Raises:
+        ArgumentError: a size is below 1, theta is not positive, or there is no such discretisation.
     """
 
     undivided = None
