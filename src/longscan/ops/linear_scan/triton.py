@@ -15,7 +15,8 @@ from longscan.ops.linear_scan.rows import accumulation, gradient_dtype
 from longscan.ops.linear_scan.triton_kernels import across_kernel, summary_kernel, walk_kernel
 from longscan.ops.triton_utils import multiprocessors, on_its_device, pieces
 
-# Channels of a program, steps it takes at once, and programs per multiprocessor that fill a device.
+# Channels of a program, steps it takes at once (of complex numbers half as many: a tile is what lies in registers), and
+# programs per multiprocessor that fill a device.
 _BLOCK = 32
 _TILE = 64
 _PROGRAMS = 8
@@ -61,7 +62,7 @@ class _Call:
         self.options = {
             "PACKED": self.packed,
             "PAIRS": like.is_complex(),
-            "TILE": min(_TILE, self.size),
+            "TILE": min(_TILE // 2 if like.is_complex() else _TILE, self.size),
             "BLOCK": block,
             "num_warps": 4,
         }
