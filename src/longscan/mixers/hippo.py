@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from longscan.errors import ArgumentError
-from longscan.nn.legs import LegSStep, legs_steps, numbers
+from longscan.nn.legs import BlockStep, DenseStep, legs_steps, numbers
 from longscan.nn.mixer import SequenceMixer, check_batch, keep_float32
 from longscan.nn.packing import after_own_length, over_rows
 from longscan.nn.relay import relay
@@ -178,7 +178,7 @@ class HiPPO(SequenceMixer):
         ``clock`` (batch,), or (1,) for all rows, is the number of steps before this one.
         """
         if self.measure != "legs":
-            return _Constant(self.A.T, self.B).ahead(memory, u)
+            return DenseStep(self.A.T, self.B).ahead(memory, u)
         (step,) = legs_steps(self.order, clock, 1, ALPHAS[self.discretisation], memory.dtype)
         return step.ahead(memory, u)
 
@@ -203,24 +203,9 @@ def _gated(hidden: Tensor, memory: Tensor, gates: Tensor, W_m: Tensor) -> Tensor
     return torch.lerp(hidden, torch.tanh(new), torch.sigmoid(gate))
 
 
-class _Constant(NamedTuple):
-    """A step of a system that is the same at all of them: A_bar^T (order, order) and B_bar (order,)."""
-
-    A_bar: Tensor
-    B_bar: Tensor
-
-    def ahead(self, memory: Tensor, u: Tensor) -> Tensor:
-        """The next memory."""
-        return torch.addcmul(memory @ self.A_bar, u[..., None], self.B_bar)
-
-    def back(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradients of memory and u, of that of the next memory."""
-        return gradient @ self.A_bar.mT, (gradient * self.B_bar).sum(-1)
-
-
-def _steps(A: Tensor, B: Tensor, clock: Tensor, steps: int, alpha: float | None) -> Sequence[_Constant | LegSStep]:
+def _steps(A: Tensor, B: Tensor, clock: Tensor, steps: int, alpha: float | None) -> Sequence[DenseStep | BlockStep]:
     """Those after ``clock`` (batch or 1,): of A and B themselves where alpha is None, else of LegS."""
-    return [_Constant(A.T, B)] * steps if alpha is None else legs_steps(len(B), clock, steps, alpha, B.dtype)
+    return [DenseStep(A.T, B)] * steps if alpha is None else legs_steps(len(B), clock, steps, alpha, B.dtype)
 
 
 class _Walk(torch.autograd.Function):
