@@ -67,6 +67,10 @@ class Mamba(SequenceMixer):
 
     Attributes:
         A_log, D and the bias of ``dt_proj`` stay float32 when the module is converted to bfloat16 or float16.
+
+    Raises:
+        ArgumentError: a size is below 1, ``a_init`` or ``dt_init`` is unknown, d_state is odd with a complex A, or an
+            epsilon is none.
     """
 
     undivided = None

@@ -250,6 +250,8 @@ def _rebuild(description: Any, tensors: dict[str, Tensor]) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class ModelState(State):
-    """The states of a model's layers, with the same methods."""
+    """The states of a model's layers, with the same methods; ``positions`` (batch,) int64 are the tokens so far, of a
+    model with absolute positions."""
 
     layers: tuple[State | None, ...]
+    positions: Tensor | None = None
