@@ -290,7 +290,8 @@ def test_trainings_beside_one_another_are_said_to_be(options: Options) -> None:
     (result,) = read_results(options.results)
     assert result.sharing == 8
     assert f"| {result.device}, one of 8 at a time, " in results_page([result], {})
-    assert f"on {result.device}, one of 8 at a time" in told(options, list=True, name=None)[1].replace("\n", " ")
+    shown = " ".join(told(options, list=True, name=None)[1].split())
+    assert f"a system on {result.device.partition(',')[0]} beside others" in shown
 
 
 def test_data_are_where_one_says(options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,7 +40,7 @@ def _contents(sections: Iterable[list[Result]]) -> str:
     for results in sections:
         first = results[0]
         anchor = re.sub(r"[^\w -]", "", _heading(first).lower()).replace(" ", "-")
-        on = dict.fromkeys(result.device.partition(",")[0] for result in results)
+        on = dict.fromkeys(map(_device, results))
         lines.append(_row([f"[{first.title}](#{anchor})", first.scale, str(len(results)), ", ".join(on)]))
     return "\n".join([*lines, ""])
 
@@ -139,12 +139,22 @@ def _beside_others(result: Result) -> str:
 
 
 def measured_cost(results: Iterable[Result]) -> str:
-    """What systems of an experiment took, from the quickest to the slowest, and where."""
-    results = list(results)
-    seconds = sorted(result.train_seconds + result.test_seconds for result in results)
-    ends = list(dict.fromkeys(map(duration, (seconds[0], seconds[-1]))))
-    devices = " and ".join(dict.fromkeys(result.device + _beside_others(result) for result in results))
-    return f"measured: {' to '.join(ends)} a system on {devices}"
+    """What systems of an experiment took on each device, from the quickest to the slowest."""
+    devices: dict[str, list[Result]] = {}
+    for result in results:
+        devices.setdefault(_device(result), []).append(result)
+    words = []
+    for device, members in devices.items():
+        seconds = sorted(result.train_seconds + result.test_seconds for result in members)
+        ends = dict.fromkeys(map(duration, (seconds[0], seconds[-1])))
+        beside = " beside others" if any(result.sharing > 1 for result in members) else ""
+        words.append(f"{' to '.join(ends)} a system on {device}{beside}")
+    return f"measured: {'; '.join(words)}"
+
+
+def _device(result: Result) -> str:
+    """What trained it, in short."""
+    return result.device.partition(",")[0].partition(" (")[0]
 
 
 def _row(cells: Iterable[str]) -> str:
