@@ -184,6 +184,8 @@ class Mamba(SequenceMixer):
             and self.dt_proj.bias is not None
             and self.x_proj.bias is None
             and not torch.compiler.is_compiling()
+            # `vmap` takes operators, and no function with a backward pass of its own.
+            and not torch._C._are_functorch_transforms_active()
             and current_part() is None
         )
 

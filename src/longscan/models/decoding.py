@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from longscan.errors import ArgumentError, BackendError
 from longscan.mixers.mamba import Mamba, MambaState
 from longscan.models.chunks import copy_tensors
+from longscan.nn.capture import captured
 from longscan.nn.int8 import Int8Embedding, Int8Linear
 from longscan.nn.linear import StepProjection, is_plain
 from longscan.nn.mlp import GatedMLP
@@ -203,8 +204,7 @@ class _Graph:
         with torch.cuda.stream(side):  # compiles, and lets libraries allocate what they keep
             stepper.step(self._tokens, self._state)
         torch.cuda.current_stream().wait_stream(side)
-        # Other threads may use the GPU meanwhile.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        with captured(self._graph):
             self._logits, after = stepper.step(self._tokens, self._state)
             for kept, new in zip(self._kept, after.tensors(), strict=True):
                 if new.data_ptr() != kept.data_ptr():

@@ -56,7 +56,7 @@ def _kernel(
 
 def _grid(x: Tensor, packed: int | None, pair: bool) -> tuple[int, int]:
     """Pieces, at most, and blocks."""
-    pieces = nvrtc.pieces(*x.shape[:2], packed, _PIECE)
+    pieces = nvrtc.pieces(x.shape[0], x.shape[1], packed, _PIECE)
     threads = x.shape[2] // 2 if pair else x.shape[2]
     return pieces, pieces * -(-threads // _THREADS)
 

@@ -171,7 +171,7 @@ class Call:
     def pieces(self, size: int) -> int:
         """Pieces of `size` steps that the sequences are cut into, at most; size 0: they are not cut."""
         packed = None if self.offsets is None else self.sequences
-        return nvrtc.pieces(*self.x.shape[:2], packed, size) if size else self.sequences
+        return nvrtc.pieces(self.x.shape[0], self.x.shape[1], packed, size) if size else self.sequences
 
     def sizes(self, blocks: int) -> tuple[int, ...]:
         """What every scanning kernel is told, in its order."""
