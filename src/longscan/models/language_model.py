@@ -264,6 +264,7 @@ class LanguageModel(nn.Module):
             subfolder: where in the folder or the repository the model is.
 
         Raises:
+            ArgumentError: ``dtype`` is none of PyTorch's floating ones.
             CheckpointError: a file is missing, damaged or truncated, or the weights do not fit the configuration.
         """
         return load_pretrained(cls, source, device=device, dtype=dtype, revision=revision, subfolder=subfolder)
