@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longscan.nn.capture import captured
+
 Tensors = tuple[Tensor, ...]
 
 #: Walks some steps: (sequences, each (steps, ...); carried; constants; *options) to outputs, each (steps, ...), and
@@ -73,8 +75,7 @@ class _Graph:
     def __init__(self, stretch: Stretch, parts: tuple[Tensors, ...], options: tuple[Any, ...]) -> None:
         self._inputs = tuple(tuple(tensor.clone() for tensor in part) for part in parts)
         self._graph = torch.cuda.CUDAGraph()
-        # Other threads may use the GPU meanwhile.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        with captured(self._graph):
             self._outputs = stretch(*self._inputs, *options)
 
     def __call__(self, parts: tuple[Tensors, ...]) -> tuple[Tensors, Tensors]:
