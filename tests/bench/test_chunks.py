@@ -39,5 +39,7 @@ def test_what_layouts_send_and_hold() -> None:
     # Around a ring of two a half goes once for a gathering, twice for a sum.
     assert found[16]["ddp"].note.startswith("4.00 bytes a parameter; holds 16.")
     assert found[16]["fsdp"].note.startswith("6.")
+    # Twice in half of the bytes, and the gradients.
+    assert found[16]["fsdp, gathered in bfloat16"].note.startswith("4.")
     assert sent["tensor parallel"][1] == pytest.approx(2 * sent["tensor parallel"][0], rel=0.01)
     assert sent["sequence parallel, ddp"][0] == sent["sequence parallel, ddp"][1] > sent["ddp"][0]
