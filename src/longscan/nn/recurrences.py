@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from longscan import ops
 from longscan.errors import ArgumentError
-from longscan.nn.sequence_parallel import Leaving, Segments, SequencePart, current_part
+from longscan.nn.sequence_parallel import Leaving, Segments, SequencePart, current_part, met
 from longscan.ops.checks import ACCUMULATION, activation_dtype
 
 __all__ = ["causal_conv1d", "decay_attention", "linear_scan", "selective_scan"]
@@ -89,19 +89,48 @@ def linear_scan(
     initial_state: Tensor | None = None,
     *,
     cu_seqlens: Tensor | None = None,
+    return_final_state: bool = False,
     **options: Any,
 ) -> Any:
     """:func:`longscan.ops.linear_scan`; what crosses is the state and the product of a, (batch, channels) each."""
     part = current_part()
     if part is None:
-        return ops.linear_scan(a, b, initial_state, cu_seqlens=cu_seqlens, **options)
+        return ops.linear_scan(
+            a, b, initial_state, cu_seqlens=cu_seqlens, return_final_state=return_final_state, **options
+        )
     _check_fresh(initial_state)
     segments = part.segments(b, cu_seqlens)
-    _, last = ops.linear_scan(a, b, cu_seqlens=segments.cu_seqlens, return_final_state=True)
-    steps = a.reshape((1,) * (3 - a.dim()) + tuple(a.shape)).to(last.dtype)
-    decay = steps[:, 0] ** b.shape[1] if steps.shape[1] == 1 else steps.prod(1)
-    entering = _entering(part, decay.expand(b.shape[0], b.shape[2]), last, segments)
-    return ops.linear_scan(a, b, entering, cu_seqlens=segments.cu_seqlens, **options)
+    steps = a.reshape((1,) * (3 - a.dim()) + tuple(a.shape))
+    with torch.no_grad():
+        own = slice(segments.last, None)
+        _, last = ops.linear_scan(_over_time(steps, own), b[:, own], return_final_state=True)
+        entering = _entering(part, _product(steps, b).to(last.dtype), last, segments)
+
+    def enter(dy: Tensor, dlast: Tensor, steps: Tensor, b: Tensor) -> Leaving:
+        """The scan of gradients, from the last token of the first sequence to its first."""
+        own, fade = slice(None, segments.first), _over_time(steps, slice(None, segments.first)).conj()
+        gradients = dy[:, own].to(dlast.dtype).flip(1)
+        gradients[:, 0] += dlast[: len(b)]
+        # A token's gradient reaches the one before by its own decay.
+        later = fade if fade.shape[1] == 1 else torch.cat((fade[:, :1], fade[:, 1:].flip(1)), dim=1)
+        _, first = ops.linear_scan(later.resolve_conj(), gradients, return_final_state=True)
+        return _product(steps, b).conj().resolve_conj().to(first.dtype), first * fade[:, 0]
+
+    h, last = ops.linear_scan(steps, b, entering, cu_seqlens=segments.cu_seqlens, return_final_state=True, **options)
+    h, last = met(part, segments, enter, h, last, (steps, b))
+    return (h, last) if return_final_state else h
+
+
+def _over_time(steps: Tensor, own: slice) -> Tensor:
+    """Of decays (batch or 1, length or 1, channels), some tokens' own."""
+    return steps if steps.shape[1] == 1 else steps[:, own]
+
+
+def _product(steps: Tensor, b: Tensor) -> Tensor:
+    """The decay over all tokens of b, (batch, channels)."""
+    wide = steps.to(torch.promote_types(steps.dtype, torch.float32))
+    decay = wide[:, 0] ** b.shape[1] if steps.shape[1] == 1 else wide.prod(1)
+    return decay.expand(b.shape[0], b.shape[2])
 
 
 def decay_attention(
@@ -112,27 +141,61 @@ def decay_attention(
     initial_state: Tensor | None = None,
     *,
     normalise: bool = False,
+    eps: float = 1e-6,
     cu_seqlens: Tensor | None = None,
+    return_final_state: bool = False,
     **options: Any,
 ) -> Any:
-    """:func:`longscan.ops.decay_attention`; what crosses is the state and one decay a head."""
+    """:func:`longscan.ops.decay_attention`; what crosses is the state and one decay a head.
+
+    What a part leaves is one product of its keys and values, each faded by what follows; and the gradient of what
+    enters is one of queries and gradients.
+    """
     part = current_part()
+    options["return_final_state"] = return_final_state
     if part is None:
         return ops.decay_attention(
-            q, k, v, log_decay, initial_state, normalise=normalise, cu_seqlens=cu_seqlens, **options
+            q, k, v, log_decay, initial_state, normalise=normalise, eps=eps, cu_seqlens=cu_seqlens, **options
         )
     _check_fresh(initial_state)
     segments = part.segments(q, cu_seqlens)
-    call: dict[str, Any] = {"normalise": normalise, "cu_seqlens": segments.cu_seqlens}
-    _, last = ops.decay_attention(q, k, v, log_decay, **call, return_final_state=True)
-    batch, length, heads = v.shape[:3]
+    # The normaliser is one more column of values here: what comes back is its gradient too.
+    values = F.pad(v, (0, 1), value=1.0) if normalise else v
+    with torch.no_grad():
+        own, fades = slice(segments.last, None), _log_fades(log_decay, v)
+        after = F.pad(fades[:, segments.last + 1 :], (0, 0, 0, 1)).flip(1).cumsum(1).flip(1)
+        last = _outer_sum(k[:, own], values[:, own], after)
+        entering = _entering(part, fades.sum(1).exp()[..., None, None], last, segments)
+
+    def enter(dy: Tensor, dlast: Tensor, q: Tensor, log_decay: Tensor | None) -> Leaving:
+        fades = _log_fades(log_decay, dy)
+        until = fades[:, : segments.first].cumsum(1)
+        from_last = until[:, -1].exp()[..., None, None] * dlast[: len(q)]
+        gradient = _outer_sum(q[:, : segments.first], dy[:, : segments.first], until) + from_last
+        return fades.sum(1).exp()[..., None, None], gradient
+
+    options |= {"cu_seqlens": segments.cu_seqlens, "return_final_state": True}
+    y, last = met(
+        part, segments, enter, *ops.decay_attention(q, k, values, log_decay, entering, **options), (q, log_decay)
+    )
+    y = y[..., :-1] / (y[..., -1:] + eps) if normalise else y
+    return (y, last) if return_final_state else y
+
+
+def _log_fades(log_decay: Tensor | None, v: Tensor) -> Tensor:
+    """The logarithm of the decay at every step, (batch, length, heads), in the precision of sums."""
+    dtype = ACCUMULATION[activation_dtype(v)]
     if log_decay is None:
-        total = last.new_zeros(batch, heads)
-    else:
-        wide = log_decay.to(last.dtype)
-        total = (wide * length).expand(batch, heads) if wide.dim() == 1 else wide.sum(1)
-    entering = _entering(part, torch.exp(total)[..., None, None], last, segments)
-    return ops.decay_attention(q, k, v, log_decay, entering, **call, **options)
+        return v.new_zeros(v.shape[:3], dtype=dtype)
+    return log_decay.to(dtype).expand(v.shape[:3])
+
+
+def _outer_sum(k: Tensor, v: Tensor, log_weights: Tensor) -> Tensor:
+    """The sum over time of weighted outer products, (batch, heads, d_k, d_v); k may be of fewer heads."""
+    with torch.autocast(k.device.type, enabled=False):
+        weighted = v.to(log_weights.dtype) * log_weights.exp()[..., None]
+        shared = weighted.unflatten(2, (k.shape[2], -1))
+        return torch.einsum("blgk,blgrv->bgrkv", k.to(weighted.dtype), shared).flatten(1, 2)
 
 
 def _entering(part: SequencePart, decay: Tensor, last: Tensor, segments: Segments) -> Tensor:
