@@ -22,6 +22,9 @@ def test_what_every_mixer_sends() -> None:
     assert rows["retnet"].value is not None
     # In two exchanges a state and a decay (32 channels of 16), and the convolution's 3 tokens; 4 bytes each.
     assert rows["mamba"].value == 4 * 32 * (2 * 2 * 16 + 3) / 1e3
+    (alone,) = parts.measure((1, 64, 16), ("s5",), Settings())
+    assert alone.value == 0
+    assert float(alone.note.split("; ")[-1].removesuffix(" of the time")) > 0
     with pytest.raises(ArgumentError, match="between processes on CPUs"):
         parts.run(Settings(device="cuda"))
 

@@ -208,7 +208,7 @@ def test_replicas_that_cannot_be(tmp_path: Path) -> None:
 
 
 def test_channels_that_cannot_be() -> None:
-    with pytest.raises(ConfigError, match="no carry_state, no compile"):
+    with pytest.raises(ConfigError, match="no carry_state, compile or compile_blocks"):
         dataclasses.replace(config_of("saved"), tensor_parallel=2)
     with pytest.raises(ConfigError, match="tensor_parallel must divide the processes; got 2 and 3"):
         process_mesh(Ranks(0, 3), config_of("channels"), torch.device("cpu"))

@@ -1,9 +1,11 @@
 """The recurrent operators as mixers call them: each over this process's part, within sequence_parallel.
 
 Outside it they are those of :mod:`longscan.ops`, argument for argument. Inside, ``cu_seqlens`` are offsets in the whole
-row, no initial state is taken, and the final state is that of this part. A recurrence runs twice: from an empty past
-for what leaves the part, and from what enters. Of the whole length nothing more is kept for the backward pass than
-without, since both take the same tensors.
+row, no initial state is taken, and the final state is that of this part. First comes what leaves the part from an empty
+past: for scans another run, for attention with decay one product of matrices. Then the recurrence runs from what
+enters. On the way back likewise: first the gradient of what entered, by this part alone, then, from the gradient of
+what leaves, the one backward pass (:func:`longscan.nn.sequence_parallel.met`). Nothing more is kept for it than
+without.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from longscan import ops
 from longscan.errors import ArgumentError
@@ -22,6 +23,9 @@ from longscan.nn.sequence_parallel import Leaving, Segments, SequencePart, curre
 from longscan.ops.checks import ACCUMULATION, activation_dtype
 
 __all__ = ["causal_conv1d", "decay_attention", "linear_scan", "selective_scan"]
+
+# A step that fades nothing, by which one can divide.
+_NO_STEP = 1e-20
 
 
 def causal_conv1d(
@@ -57,10 +61,11 @@ def selective_scan(
     *,
     dt_softplus: bool = False,
     cu_seqlens: Tensor | None = None,
+    return_final_state: bool = False,
     **options: Any,
 ) -> Any:
     """:func:`longscan.ops.selective_scan`; what crosses is the state and exp(A sum dt), (batch, channels, N) each."""
-    scan: dict[str, Any] = {"dt_softplus": dt_softplus}
+    scan: dict[str, Any] = {"dt_softplus": dt_softplus, "return_final_state": return_final_state}
     part = current_part()
     if part is None:
         return ops.selective_scan(
@@ -69,18 +74,39 @@ def selective_scan(
     _check_fresh(initial_state)
     segments = part.segments(x, cu_seqlens)
     scan["cu_seqlens"] = segments.cu_seqlens
-    _, last = ops.selective_scan(x, dt, A, B, C, None, None, dt_bias, None, **scan, return_final_state=True)
-    # Computed again in the backward pass: dt in float32 would be kept for it.
-    total = checkpoint(_total_step, dt, dt_bias, dt_softplus, use_reentrant=False)
-    entering = _entering(part, torch.exp(A.to(last.dtype) * total[..., None]), last, segments)
-    return ops.selective_scan(x, dt, A, B, C, D, z, dt_bias, entering, **scan, **options)
+    scan["return_final_state"] = True
+    with torch.no_grad():
+        _, last = ops.selective_scan(x, dt, A, B, C, None, None, dt_bias, None, **scan)
+        total = _steps(dt, dt_bias, dt_softplus).sum(1)
+        entering = _entering(part, torch.exp(A.to(last.dtype) * total[..., None]), last, segments)
+
+    def enter(
+        dy: Tensor, dlast: Tensor, dt: Tensor, A: Tensor, C: Tensor, z: Tensor | None, dt_bias: Tensor | None
+    ) -> Leaving:
+        """The scan of gradients, from the last token of the first sequence to its first."""
+        own, A = slice(None, segments.first), A.to(dlast.dtype).conj().resolve_conj()
+        steps = _steps(dt[:, own], dt_bias, dt_softplus)
+        driven = dy[:, own].to(steps.dtype) * (2 if A.is_complex() else 1)
+        driven = driven if z is None else driven * F.silu(z[:, own].to(steps.dtype))
+        # A token's gradient reaches the one before by its own step. The operator multiplies its input with the step.
+        later = F.pad(steps[:, 1:], (0, 0, 0, 1)).flip(1)
+        later = torch.where(later.abs() < _NO_STEP, _NO_STEP, later)
+        C = (C if C.dim() == 2 else C[:, own].flip(1)).conj().resolve_conj()
+        _, first = ops.selective_scan(
+            driven.flip(1) / later, later, A, C, C, initial_state=dlast[: len(dy)], return_final_state=True
+        )
+        return torch.exp(A * steps.sum(1)[..., None]), torch.exp(A * steps[:, 0, :, None]) * first
+
+    y, last = ops.selective_scan(x, dt, A, B, C, D, z, dt_bias, entering, **scan, **options)
+    y, last = met(part, segments, enter, y, last, (dt, A, C, z, dt_bias))
+    return (y, last) if return_final_state else y
 
 
-def _total_step(dt: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
-    """The sum of the steps over time, (batch, channels)."""
+def _steps(dt: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
+    """The steps as the scan takes them, in the precision of sums."""
     wide = dt.to(ACCUMULATION[activation_dtype(dt)])
     wide = wide if bias is None else wide + bias
-    return (F.softplus(wide) if softplus else wide).sum(1)
+    return F.softplus(wide) if softplus else wide
 
 
 def linear_scan(
@@ -108,13 +134,15 @@ def linear_scan(
 
     def enter(dy: Tensor, dlast: Tensor, steps: Tensor, b: Tensor) -> Leaving:
         """The scan of gradients, from the last token of the first sequence to its first."""
-        own, fade = slice(None, segments.first), _over_time(steps, slice(None, segments.first)).conj()
+        own = slice(None, segments.first)
+        fade = _over_time(steps, own).conj()
         gradients = dy[:, own].to(dlast.dtype).flip(1)
         gradients[:, 0] += dlast[: len(b)]
         # A token's gradient reaches the one before by its own decay.
         later = fade if fade.shape[1] == 1 else torch.cat((fade[:, :1], fade[:, 1:].flip(1)), dim=1)
         _, first = ops.linear_scan(later.resolve_conj(), gradients, return_final_state=True)
-        return _product(steps, b).conj().resolve_conj().to(first.dtype), first * fade[:, 0]
+        decay = _product(_over_time(steps, own), b[:, own])
+        return decay.conj().resolve_conj().to(first.dtype), first * fade[:, 0]
 
     h, last = ops.linear_scan(steps, b, entering, cu_seqlens=segments.cu_seqlens, return_final_state=True, **options)
     h, last = met(part, segments, enter, h, last, (steps, b))
@@ -168,11 +196,10 @@ def decay_attention(
         entering = _entering(part, fades.sum(1).exp()[..., None, None], last, segments)
 
     def enter(dy: Tensor, dlast: Tensor, q: Tensor, log_decay: Tensor | None) -> Leaving:
-        fades = _log_fades(log_decay, dy)
-        until = fades[:, : segments.first].cumsum(1)
-        from_last = until[:, -1].exp()[..., None, None] * dlast[: len(q)]
-        gradient = _outer_sum(q[:, : segments.first], dy[:, : segments.first], until) + from_last
-        return fades.sum(1).exp()[..., None, None], gradient
+        own = slice(None, segments.first)
+        until = _log_fades(log_decay, dy)[:, own].cumsum(1)
+        decay = until[:, -1].exp()[..., None, None]
+        return decay, _outer_sum(q[:, own], dy[:, own], until) + decay * dlast[: len(q)]
 
     options |= {"cu_seqlens": segments.cu_seqlens, "return_final_state": True}
     y, last = met(

@@ -187,7 +187,8 @@ class SequencePart:
         """The gradient of the state that leaves this part, from those after it. No gradient passes through this.
 
         Args:
-            own: the decay over this part, and the gradient of the state that enters it, by this part alone.
+            own: the decay over this part's first sequence, and the gradient of the state that enters it, by this part
+                alone.
             nothing: a decay and a gradient that change nothing.
             segments: of this part.
         """
@@ -302,8 +303,8 @@ def met(
 
     Args:
         part, segments: of this process.
-        enter: the decay over the part, and the gradient of what entered its first sequence (each row, of a batch), of
-            the gradients of ``y`` and ``last`` and of ``sources``.
+        enter: of the gradients of ``y`` and ``last`` and of ``sources``, for the part's first sequence (each row, of a
+            batch): the decay over it, and the gradient of the state that entered it.
         y, last: the output, and the state after each row.
         sources: tensors that ``enter`` needs.
     """
@@ -324,7 +325,8 @@ class _Met(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Any, ...]:
         # As in _Shift: under checkpointing the forward exchanges are made again first.
         sources = ctx.saved_tensors
-        decay, gradient = ctx.enter(dy, dlast, *sources)
+        with torch.autocast(dy.device.type, enabled=False):
+            decay, gradient = ctx.enter(dy, dlast, *sources)
         nothing = torch.ones_like(decay), torch.zeros_like(gradient)
         later = ctx.part.returning((decay, gradient), nothing, ctx.segments)
         dlast = torch.cat((dlast[: len(dlast) - len(later)], dlast[len(dlast) - len(later) :] + later))

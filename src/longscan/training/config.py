@@ -150,7 +150,9 @@ class TrainConfig:
             )
         if self.sequence_parallel > 1 and self.carry_state:
             raise ConfigError("sequence_parallel shares one sequence, carry_state reads on from another; take one")
-        if self.tensor_parallel > 1 and (self.carry_state or self.compile):
-            raise ConfigError("tensor_parallel divides states and exchanges within layers: no carry_state, no compile")
+        if self.tensor_parallel > 1 and (self.carry_state or self.compile or self.compile_blocks):
+            raise ConfigError(
+                "tensor_parallel divides states and exchanges within layers: no carry_state, compile or compile_blocks"
+            )
         if self.spike and not self.leave_out_bad_steps:
             raise ConfigError(f"spike is {self.spike}, which needs leave_out_bad_steps")
