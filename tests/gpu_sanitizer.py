@@ -3,7 +3,8 @@
     python tests/gpu_sanitizer.py [--out results/gpu/sanitizer.json]
 
 memcheck looks for accesses outside what was allocated, racecheck for hazards between threads in shared memory. Both
-slow a kernel down by far, so each operator is represented by the cases that between them take every branch. What is
+slow a kernel down by far, so each operator is represented by the cases that between them take every branch. Under
+memcheck PyTorch asks CUDA for every tensor by itself: in its own pool one tensor's end is another's beginning. What is
 found in the kernels of cuBLAS is counted apart: its products meet in ways that racecheck does not know. The exit status
 is 1 if anything was found elsewhere, or a test failed.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -50,6 +52,16 @@ OPERATORS = {
         "ops/linear_cross_entropy/test_backends.py",
         "torch_in_float64 and gpu and pieces and mean",
     ),
+    "linear_scan": (
+        "ops/linear_scan/test_backends.py",
+        "float64_definition and float32-triton-gpu and (real or complex or one-step or wide or packed-states)",
+    ),
+    "decay_attention": (
+        "ops/decay_attention/test_backends.py",
+        "float64_definition and triton and bfloat16 and (step or retention or long) and not one-stretch",
+    ),
+    "vandermonde": ("ops/vandermonde/test_backends.py", "test_triton and gpu"),
+    "cauchy": ("ops/cauchy/test_backends.py", "float32 and triton-gpu"),
     "mamba_step": ("ops/mamba_step/test_cuda.py", "agrees and (even-float16 or even-narrow or odd) and (-1 or -5)"),
 }
 
@@ -68,9 +80,10 @@ def check(operator: str, tool: str, seconds: float) -> dict[str, Any]:
     pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "0", "-m", "gpu", "-k", chosen]
     # PyTorch asks the driver for more than some machines have, and lives with the answer.
     command = [sanitizer(), "--tool", tool, "--report-api-errors", "no", *pytest, str(ROOT / "tests" / file)]
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else None
     started = time.monotonic()
     try:
-        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+        run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
         said, ended = run.stdout + run.stderr, run.returncode == 0
     except subprocess.TimeoutExpired as late:
         said, ended = (late.stdout or b"").decode(errors="replace"), False

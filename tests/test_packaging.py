@@ -77,6 +77,14 @@ def test_every_public_name_exists() -> None:
         longscan.mambo  # noqa: B018 (the attribute is what is tested)
 
 
+def test_submodules_come_when_they_are_named() -> None:
+    code = "import longscan; print(longscan.ops.selective_scan.__name__, longscan.statespace.__name__)"
+    assert in_fresh_python(code).split() == ["selective_scan", "longscan.statespace"]
+    # All but the command line: importing that is for its script alone.
+    folders = {path.parent.name for path in SOURCE.glob("*/__init__.py")} | {"errors"}
+    assert folders - {"cli"} == set(dir(longscan)) - set(longscan.__all__)
+
+
 def test_public_functions_are_documented() -> None:
     for name in longscan.__all__:
         if name != "__version__":
@@ -124,6 +132,13 @@ def test_the_library_never_prints() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 assert node.func.id != "print", f"{path.relative_to(ROOT)}:{node.lineno}"
+
+
+def test_a_source_archive_holds_what_is_tracked() -> None:
+    named = (ROOT / "MANIFEST.in").read_text().split()
+    implied = {"LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "src"}
+    tracked = {path.relative_to(ROOT).parts[0] for path in tracked_files()}
+    assert {name for name in tracked if not name.startswith(".")} - implied - set(named) == set()
 
 
 def test_licence_is_the_whole_text() -> None:

@@ -94,7 +94,28 @@ __all__ = [
 ]
 
 
+# Imported when first used, too.
+_SUBMODULES = {
+    "bench",
+    "diagnostics",
+    "errors",
+    "evaluation",
+    "experiments",
+    "integrations",
+    "mixers",
+    "models",
+    "nn",
+    "ops",
+    "plots",
+    "statespace",
+    "tasks",
+    "training",
+}
+
+
 def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"longscan.{name}")
     if name not in _EXPORTS:
         raise AttributeError(f"module 'longscan' has no attribute {name!r}")
     value = getattr(importlib.import_module(_EXPORTS[name]), name)
@@ -103,7 +124,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted({*__all__, *_SUBMODULES})
 
 
 for _variable, _module in (

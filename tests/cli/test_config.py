@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from longscan.cli.config import differences, merge
-from longscan.cli.train_options import Options, parse
+from longscan.cli.train_options import ModelOptions, Options, parse, saved_options
 from longscan.errors import ConfigError
+from longscan.models import LanguageModelConfig
 from longscan.tasks.text import TextConfig, recipe
+from longscan.training.runs import create_run
 
 FILE = """
 device = "cpu"
@@ -43,6 +45,19 @@ def test_flags_win_over_the_file_and_the_file_over_the_recipe(tmp_path: Path) ->
     assert options.model.mixer == ("mamba", "attention")
     assert options.model.mixer_options == {"attention": {"n_heads": 4}}
     assert options.model.n_layer == recipe("cpu")["model"]["n_layer"]
+
+
+def test_a_run_goes_on_with_its_whole_model(tmp_path: Path) -> None:
+    """Every field of a model that a run can be given comes back from its configuration."""
+    flags = [
+        "--mixer", "attention", "--norm", "layer", "--no-prenorm", "--mlp", "relu", "--positions", "learned",
+        "--max-positions", "99", "--d-intermediate", "20", "--d-model", "12", "--n-layer", "1", "--block", "h3",
+    ]  # fmt: skip
+    options = parse(["text", *flags], "longscan train")
+    assert all(value != getattr(ModelOptions(), name) for name, value in vars(options.model).items() if value)
+    model = LanguageModelConfig(**{**vars(options.model), "vocab_size": 7, "mixer": "attention"})
+    folder = create_run(tmp_path, "run", {"text": {}, "model": model.to_dict(), "training": {}, "device": "cpu"})
+    assert saved_options(folder).model == options.model
 
 
 @pytest.mark.parametrize(

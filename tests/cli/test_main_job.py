@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import random
 import signal
@@ -96,6 +97,10 @@ def test_train_generate_evaluate(place: Path) -> None:
     assert int8["weights"] == "int8"
     assert int8["bits_per_byte"] == pytest.approx(report["bits_per_byte"], rel=0.005)
     assert int8["bits_per_byte"] != report["bits_per_byte"]
+    assert int8["saved"] == {key: report[key] for key in ("bits_per_byte", "nats_per_token")}
+    assert int8["perplexity_ratio"] == pytest.approx(math.exp(int8["nats_per_token"] - report["nats_per_token"]))
+    assert "perplexity" in out
+    assert {"machine", "versions", "commit", "command", "model", "training"} <= int8.keys()
     # A prompt may hold bytes that are no text.
     asked = ["--weights", "int8", "--prompt", "12\udcff", "--max-tokens", "5"]
     code, out, error = call(place, "generate", "runs/first", *asked)

@@ -6,6 +6,7 @@ import functools
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from longscan.errors import ArgumentError
 from longscan.mixers import make_mixer
 from longscan.models import Classifier, ClassifierConfig, LanguageModel, LanguageModelConfig
+from longscan.models.config import TRANSFORMER
 from longscan.nn.sequence_parallel import sequence_parallel
 from longscan.training.parallel import Loss
 from tests.distributed.processes import Groups, run
@@ -37,8 +39,12 @@ def worker(groups: Groups) -> list[str]:
             found += [line for variant in DIVIDED for line in compare(variant, size, groups[size], offsets)]
     found += [line for variant in MIXERS.values() for line in traffic(variant, groups[4])] if 4 in groups else []
     if 3 in groups:
-        for mixer in ("mamba", "lstm"):
-            found += language_model(mixer, groups[3])
+        for fields in (
+            {"mixer": "mamba"},
+            {"mixer": "lstm"},
+            {**TRANSFORMER, "positions": "learned", "max_positions": 18},
+        ):
+            found += language_model(fields, groups[3])
     return found
 
 
@@ -86,10 +92,11 @@ def traffic(variant: str, group: Group) -> list[str]:
     return found
 
 
-def language_model(mixer: str, group: Group) -> list[str]:
+def language_model(fields: dict[str, Any], group: Group) -> list[str]:
     """float32, replicas that average gradients, recomputed layers."""
     torch.manual_seed(0)
-    config = LanguageModelConfig(d_model=8, n_layer=2, vocab_size=32, mixer=mixer, d_intermediate=8)
+    config = LanguageModelConfig(d_model=8, n_layer=2, vocab_size=32, d_intermediate=8, **fields)
+    mixer = f"{config.mixer}, {config.norm} norms"
     whole, model = (LanguageModel(config) for _ in range(2))
     model.load_state_dict(whole.state_dict())
     tokens = torch.randint(32, (2, 19), generator=torch.Generator().manual_seed(1))

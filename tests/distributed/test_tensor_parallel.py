@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 
 from longscan.errors import ArgumentError
 from longscan.models import LanguageModel, LanguageModelConfig
+from longscan.models.config import TRANSFORMER
 from longscan.models.tensor_parallel import row_orders, tensor_parallel, whole_state
 from tests.distributed.processes import Groups, run
 
@@ -28,6 +29,12 @@ SHAPES = {
         vocab_size=32,
         mixer=("attention", "mamba"),
         mixer_options={"attention": {"n_heads": 8, "head_dim": 2, "n_kv_heads": 4, "bias": True}},
+    ),
+    "transformer": LanguageModelConfig(
+        d_model=8,
+        n_layer=1,
+        vocab_size=32,
+        **{**TRANSFORMER, "mixer_options": {"rotary": False, "n_heads": 4}, "prenorm": False, "d_intermediate": 12},
     ),
 }
 

@@ -159,6 +159,14 @@ def test_the_command_line_knows_it(options: Options, capsys: pytest.CaptureFixtu
     assert "small-heads" in capsys.readouterr().out
 
 
+def test_away_from_a_checkout_it_says_where_experiments_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["reproduce", "--list"]) == 2
+    assert "checkout" in capsys.readouterr().err
+
+
 def test_several_sizes(options: Options) -> None:
     sizes = "[paper.sizes]\ns = { d_model = 8, steps = 2 }\nl = { d_model = 12, steps = 2 }\n[systems.mamba]"
     (options.experiments / "small_heads.toml").write_text(EXPERIMENT.replace("[systems.mamba]", sizes))

@@ -35,6 +35,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "s5": ("s5", {"d_state": 8, "blocks": 2}),
     "s5-bilinear": ("s5", {"d_state": 4, "discretisation": "bilinear", "glu": "full"}),
     "attention": ("attention", {"n_heads": 2}),
+    "attention-unturned": ("attention", {"n_heads": 1, "head_dim": 5, "rotary": False}),
     "attention-grouped": ("attention", {"n_heads": 4, "n_kv_heads": 2, "bias": True}),
     "linear-attention": ("linear_attention", {"n_heads": 2}),
     "retnet": ("retnet", {"n_heads": 2}),

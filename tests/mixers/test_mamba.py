@@ -158,6 +158,25 @@ def test_a_copy_keeps_its_marks() -> None:
     assert mixer.A_log._no_weight_decay
 
 
+def test_an_ensemble_by_vmap_is_its_members() -> None:
+    """Outputs and gradients, over stacked weights."""
+    torch.manual_seed(0)
+    members, x = [Mamba(8, d_state=4) for _ in range(3)], torch.randn(2, 5, 8)
+    weights, buffers = torch.func.stack_module_state(members)
+
+    def one(weights: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
+        y, _ = torch.func.functional_call(members[0], (weights, buffers), (x,))
+        return y
+
+    together = torch.vmap(one)(weights, buffers)
+    alone = torch.stack([member(x)[0] for member in members])
+    torch.testing.assert_close(together, alone)
+    found = torch.autograd.grad(together.square().sum(), list(weights.values()))
+    expected = torch.autograd.grad(alone.square().sum(), [p for member in members for p in member.parameters()])
+    for index, gradient in enumerate(found):
+        torch.testing.assert_close(gradient, torch.stack(expected[index :: len(found)]))
+
+
 def test_state_fields() -> None:
     state = Mamba(8, d_state=4).initial_state(3, dtype=torch.bfloat16)
     assert isinstance(state, MambaState)

@@ -214,6 +214,21 @@ def test_autocast(variant: str) -> None:
 
 
 @all_variants
+@torch.no_grad()
+def test_forward_mode_is_right_or_refused(variant: str) -> None:
+    """PyTorch drops a custom operator's tangent, which would give a wrong derivative without a word."""
+    mixer, x, direction, weights = make(variant), inputs(2, 5, 0), inputs(2, 5, 1), inputs(2, 5, 2)
+    try:
+        _, tangent = torch.func.jvp(lambda x: mixer(x)[0], (x,), (direction,))
+    except (ArgumentError, NotImplementedError, RuntimeError):
+        return
+    with torch.enable_grad():
+        x.requires_grad_()
+        (gradient,) = torch.autograd.grad((mixer(x)[0] * weights).sum(), x)
+    same((tangent * weights).sum(), (gradient * direction).sum())
+
+
+@all_variants
 def test_what_goes_wrong_is_said(variant: str) -> None:
     mixer = make(variant, dtype=torch.float32)
     x = torch.randn(2, 5, D_MODEL)
@@ -232,6 +247,8 @@ def test_what_goes_wrong_is_said(variant: str) -> None:
         mixer(x[:1], state)
     with pytest.raises(ArgumentError, match="2 sequences, the input has 3"):
         mixer(x[:1], state, cu_seqlens=torch.tensor([0, 1, 2, 5]))
+    with pytest.raises(ArgumentError, match="a tensor of offsets, got a list"):
+        mixer(x[:1], cu_seqlens=[0, 5])
     with pytest.raises(ArgumentError, match="batch must be 1"):
         mixer(x, cu_seqlens=torch.tensor([0, 5]))
     with pytest.raises(ArgumentError, match="cu_seqlens"):

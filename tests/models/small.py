@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from longscan.models import LanguageModel, LanguageModelConfig
+from longscan.models.config import TRANSFORMER
 
 VOCABULARY = 13
 
@@ -21,8 +22,16 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "outer-products": {"mixer": ("linear_attention", "retnet", "rwkv4"), "mixer_options": {"retnet": {"n_heads": 2}}},
     "memories": {"mixer": ("lmu", "hippo", "lssl"), "mixer_options": {"lmu": {"order": 4}, "lssl": {"d_state": 4}}},
+    "transformer": {
+        **TRANSFORMER, "mixer_options": {"rotary": False, "bias": True, "n_heads": 2}, "d_intermediate": 24,
+    },
+    "transformer-2017": {
+        "mixer": "attention", "mixer_options": {"rotary": False, "head_dim": 5, "n_heads": 2}, "d_intermediate": 24,
+        "norm": "layer", "prenorm": False, "mlp": "relu", "positions": "learned", "max_positions": 64, "d_model": 24,
+        "tie_embeddings": False,
+    },
     "recurrent": {"mixer": ("lstm", "dilated_rnn"), "mixer_options": {"dilated_rnn": {"dilations": [1, 3]}}},
-}
+}  # fmt: skip
 
 
 def make(kind: str = "mamba", **changes: Any) -> LanguageModel:

@@ -147,6 +147,11 @@ def test_stop_strings() -> None:
         model.generate([1], 3, stop=["a", ""], decode=decode)
 
 
+def test_it_shows_what_it_wrote() -> None:
+    out = make("mamba").generate([[1, 2]], 2, seed=0)
+    assert repr(out) == f"Generation(tokens={out.tokens}, texts=[''], reasons=['length'])"
+
+
 def test_prompts_of_every_form() -> None:
     model = make()
     expected = model.generate([[1, 2]], 3, temperature=0).tokens

@@ -118,6 +118,18 @@ def test_a_named_backend_never_falls_back() -> None:
         pass
 
 
+def test_a_tangent_is_refused() -> None:
+    """Wherever it comes in: as an argument or a parameter."""
+    inputs = scan_cases.make_inputs(SCAN)
+    for name in ("x", "A", "initial_state"):
+
+        def scan(tensor: torch.Tensor, name: str = name) -> torch.Tensor:
+            return selective_scan(**(inputs | {name: tensor}))
+
+        with pytest.raises(ArgumentError, match=f"{name}: has a tangent"):
+            torch.func.jvp(scan, (inputs[name],), (inputs[name],))
+
+
 def test_a_second_derivative_is_refused() -> None:
     inputs = scan_cases.make_inputs(SCAN)
     inputs["x"].requires_grad_()

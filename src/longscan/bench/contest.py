@@ -16,7 +16,7 @@ from torch import Tensor
 
 from longscan.bench.report import Row
 from longscan.bench.timing import Replays, Timing, measure_in_turn, synchronise, timed, timed_with_memory
-from longscan.errors import ArgumentError
+from longscan.errors import ArgumentError, BackendError
 
 #: Whom `--peers` can name: the definition, plain PyTorch in chunks or as a parallel scan, packages
 #: (`longscan.bench.peers`), and what does something else over the same shape (`longscan.bench.others`,
@@ -197,6 +197,8 @@ def compare(
             with _capturable(graphs and settings.device == "cuda") as captures:
                 found = _first_pass(group, contender, truth, settings, dtype, captures, whole)
         except Exception as error:  # a peer may break in any way; its row says how
+            if settings.device == "cuda" and not _runs_on():
+                raise BackendError(f"{group}: {contender.name} {failure(error)}; no more runs on this GPU") from error
             if isinstance(error, ImportError) and contender.kind == "peer":
                 continue
             found = Row(group, contender.name, contender.kind, note=failure(error))
@@ -222,6 +224,15 @@ def failure(error: Exception) -> str:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or named:
         return "out of memory"
     return f"fails: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def _runs_on() -> bool:
+    """Whether the GPU still works in this process, which it does not after an access to memory that is not there."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 def release(device: str) -> None:

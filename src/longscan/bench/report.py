@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,7 +57,7 @@ class Report:
     versions: dict[str, str] = field(default_factory=diagnostics.versions)
     commit: str | None = field(default_factory=diagnostics.commit)
     note: str = ""
-    command: str = field(default_factory=lambda: _command())
+    command: str = field(default_factory=diagnostics.command_line)
     date: str = field(
         default_factory=lambda: datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     )
@@ -114,9 +113,3 @@ class Report:
             return cls(rows=rows, **values)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path} is not a benchmark's report: {type(error).__name__}: {error}") from error
-
-
-def _command() -> str:
-    # `python -m longscan` is the same command.
-    name = "longscan" if Path(sys.argv[0]).name == "__main__.py" else Path(sys.argv[0]).name
-    return " ".join([name or "python", *sys.argv[1:]])

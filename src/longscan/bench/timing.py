@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from longscan.nn.capture import captured
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -107,7 +109,7 @@ class Replays:
         # A graph does not keep the memory that was there before it.
         self._call = call
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=torch.cuda.current_stream()):
+        with captured(self._graph, torch.cuda.current_stream()):
             for _ in range(self.count):
                 call()
 

@@ -36,8 +36,8 @@ class Options:
     """Text (held-out bits per byte), or a synthetic task (accuracy)."""
 
     mixers: Annotated[str, tyro.conf.arg(metavar="NAME,NAME,...")] = "mamba,s4d,retnet,attention"
-    """Names as in LanguageModelConfig(mixer=...), or BLOCK/NAME for one inside a block shape: h3/s4d, mamba/s6,
-    ungated/s6."""
+    """Names as in LanguageModelConfig(mixer=...), BLOCK/NAME for one inside a block shape: h3/s4d, mamba/s6,
+    ungated/s6; or transformer or transformer++, attention with their norms, positions and MLPs."""
 
     d_model: int = 64
     """Width of the first one's model; the others' gives way (in multiples of 4) until the parameters match."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -38,7 +39,7 @@ class Options:
     precision: Literal["float32", "bfloat16"] | None = None
     """"bfloat16": matrix products under autocast; default: the precision the run was trained in."""
     weights: Literal["saved", "int8"] = "saved"
-    """"int8": matrices in a byte a weight."""
+    """"int8": matrices in a byte a weight, and what they cost beside the weights as saved."""
     length: int | None = None
     """Longest context of the loss by position; default: four times the length the run was trained on."""
     output: Path | None = None
@@ -75,6 +76,18 @@ def measure(
     }
 
 
+def beside_saved(report: dict[str, Any], model: Any, corpus: Any) -> dict[str, Any]:
+    """What other weights than the saved ones cost: a model's own figures, and a report's perplexity over its."""
+    from longscan.evaluation import bits_per_byte, stream_nats
+
+    nats = stream_nats(model, corpus.held_out, precision=report["precision"])
+    saved = {
+        "bits_per_byte": bits_per_byte(nats, corpus.held_out_bytes),
+        "nats_per_token": nats / (len(corpus.held_out) - 1),
+    }
+    return {"saved": saved, "perplexity_ratio": math.exp(report["nats_per_token"] - saved["nats_per_token"])}
+
+
 def run(options: Options) -> int:
     """Print the table and the loss by position, write both.
 
@@ -89,6 +102,7 @@ def run(options: Options) -> int:
         return zero_shot.run(options)
     from rich.table import Table
 
+    from longscan import diagnostics
     from longscan.cli.generate import load_run
     from longscan.cli.progress import Display
     from longscan.cli.train_options import saved_options
@@ -109,6 +123,10 @@ def run(options: Options) -> int:
             report = measure(model, corpus, precision=precision, progress=progress)
         report.update(precision=precision, weights=options.weights)
         display.held_out(report)
+        if options.weights != "saved":
+            report.update(beside_saved(report, load_run(options.run, options.device)[0], corpus))
+            ratio = f"{options.weights} weights: perplexity {report['perplexity_ratio']:.6f} times that of those saved"
+            display.line(f"{ratio} ({report['saved']['bits_per_byte']:.4f} bits per byte)")
         length = options.length or 4 * saved.training.sequence_length
         windows = max(16, 262144 // length)
         nats = nats_by_position(model, corpus.held_out, windows=windows, length=length, precision=precision)
@@ -119,6 +137,14 @@ def run(options: Options) -> int:
         for bucket in report["by_position"]:
             table.add_row(f"{bucket['first']} to {bucket['last']}", f"{bucket['bits_per_byte']:.3f}")
         display.console.print(table)
+        report.update(
+            model=model.config.to_dict(),
+            training=dataclasses.asdict(saved.training),
+            machine=diagnostics.describe_machine(),
+            versions=diagnostics.versions(),
+            commit=diagnostics.commit(),
+            command=diagnostics.command_line(),
+        )
         path = options.output or options.run / "evaluation.json"
         write_text(path, json.dumps(report, indent=2) + "\n")
         display.line(f"figures: {path}")

@@ -104,7 +104,16 @@ class Options:
 
 
 def run(options: Options, console: Console | None = None) -> int:
-    """Exit code 0; 130 or 143 after a stop by Ctrl-C or SIGTERM, with everything saved."""
+    """Exit code 0; 130 or 143 after a stop by Ctrl-C or SIGTERM, with everything saved.
+
+    Raises:
+        ConfigError: the folder of the experiments, or the one asked for, is not there.
+    """
+    if not options.experiments.is_dir():
+        raise ConfigError(
+            f"experiments: there is no folder {str(options.experiments)!r} here; the experiments' files come with a "
+            "checkout of longscan: run this in its folder, or say --experiments CHECKOUT/experiments"
+        )
     # Where no terminal says how wide a table may be, it is as wide as it is.
     width = None if sys.stdout.isatty() else 140
     console = console or Console(highlight=False, soft_wrap=True, width=width)

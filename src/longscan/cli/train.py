@@ -95,16 +95,10 @@ class Job:
         corpus = self.corpus
         if options.resume is not None:
             self._same_corpus(read_run(options.resume).get("corpus", {}))
-        shape = LanguageModelConfig(
-            d_model=options.model.d_model,
-            n_layer=options.model.n_layer,
-            vocab_size=self.tokenizer.vocab_size,
-            mixer=options.model.mixer if len(options.model.mixer) > 1 else options.model.mixer[0],
-            mixer_options=options.model.mixer_options,
-            d_intermediate=options.model.d_intermediate,
-            block=options.model.block,
-            block_options=options.model.block_options,
-        )
+        own = options.model
+        fields = {field.name: getattr(own, field.name) for field in dataclasses.fields(own)}
+        fields["mixer"] = own.mixer if len(own.mixer) > 1 else own.mixer[0]
+        shape = LanguageModelConfig(**fields, vocab_size=self.tokenizer.vocab_size)
         training = options.training
         torch.manual_seed(training.seed)
         self.model = LanguageModel(shape, device=self._device)

@@ -27,13 +27,23 @@ class ModelOptions:
     mixer: tuple[str, ...] = ("mamba",)
     """Mixer of each layer; several names are cycled over."""
     d_intermediate: int = 0
-    """Width of the gated MLP after each mixer; 0: none."""
+    """Width of the MLP after each mixer; 0: none."""
     mixer_options: Annotated[dict[str, Any], tyro.conf.Suppress] = dataclasses.field(default_factory=dict)
     """Options of the mixer; in a configuration file only."""
     block: Literal["plain", "h3", "mamba", "ungated"] = "plain"
     """Shape around each mixer: the block of H3, of Mamba, or Mamba's without its gate; "plain": none."""
     block_options: Annotated[dict[str, Any], tyro.conf.Suppress] = dataclasses.field(default_factory=dict)
     """Options of the block's shape; in a configuration file only."""
+    norm: Literal["rms", "layer"] = "rms"
+    """Norms, of the root mean square or of layers."""
+    prenorm: bool = True
+    """Norms stand before mixers and MLPs; else after each sum, as in the first Transformer."""
+    mlp: Literal["gated", "relu", "gelu", "gelu_tanh"] = "gated"
+    """SwiGLU, or a plain MLP with this between its matrices."""
+    positions: Literal["none", "sinusoidal", "learned"] = "none"
+    """Positions added to the embedding."""
+    max_positions: int = 0
+    """Tokens of the longest sequence, of learned positions."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,15 +149,8 @@ def saved_options(folder: Path) -> Options:
 
     saved = read_run(folder)
     shape = LanguageModelConfig.from_dict(saved["model"])
-    model = ModelOptions(
-        shape.d_model,
-        shape.n_layer,
-        shape.mixer_names,
-        shape.d_intermediate,
-        dict(shape.mixer_options),
-        shape.block,  # type: ignore[arg-type]
-        dict(shape.block_options),
-    )
+    fields = {field.name: getattr(shape, field.name) for field in dataclasses.fields(ModelOptions)}
+    model = ModelOptions(**{**fields, "mixer": shape.mixer_names})
     values = {"text": saved["text"], "training": saved["training"], "device": saved.get("device", "auto")}
     options = merge(Options(model=model), values, str(folder / "config.json"))
     return dataclasses.replace(options, name=folder.name, runs=folder.parent)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from longscan.diagnostics.doctor import Check, check_backends, check_caches
-from longscan.diagnostics.machine import commit, describe_machine, devices, usable_cores, versions
+from longscan.diagnostics.machine import command_line, commit, describe_machine, devices, usable_cores, versions
 
 __all__ = [
     "Check",
     "check_backends",
     "check_caches",
+    "command_line",
     "commit",
     "describe_machine",
     "devices",

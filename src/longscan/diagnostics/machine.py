@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,13 @@ def versions() -> dict[str, str]:
     # The module knows its build ("+cpu"), which the distribution's metadata may not.
     found["torch"] = torch.__version__
     return found
+
+
+def command_line() -> str:
+    """The command that runs, as one would type it."""
+    # `python -m longscan` is the same command.
+    name = "longscan" if Path(sys.argv[0]).name == "__main__.py" else Path(sys.argv[0]).name
+    return " ".join([name or "python", *sys.argv[1:]])
 
 
 def commit() -> str | None:

@@ -60,7 +60,7 @@ def _steps(model: LanguageModel, tokens: Tensor) -> list[tuple[int, Tensor]]:
     found = []
     for layer, (block, stream) in enumerate(zip(model.backbone.blocks, streams, strict=False)):
         if isinstance(block.mixer, Mamba):
-            x, _ = block.norm(stream, None, stream.dtype)
+            x = stream if block.norm is None else block.norm(stream, None, stream.dtype)[0]
             found.append((layer, block.mixer.step_sizes(x.to(block.mixer.activation_dtype()))))
     return found
 

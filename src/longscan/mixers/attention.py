@@ -6,6 +6,8 @@ queries (Ainslie et al. 2023):
 .. math::
     q, k, v = W_{in} x, \qquad y_t = W_{out} \sum_{s \le t} \mathrm{softmax}_s
     \Big(\frac{R_t q_t \cdot R_s k_s}{\sqrt{d_{head}}}\Big) v_s
+
+Without rotary positions, R is 1: the model adds positions to its embeddings, or does without.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 
 from longscan.errors import ArgumentError
 from longscan.nn.mixer import SequenceMixer, check_batch, check_sizes
+from longscan.nn.positions import places
 from longscan.nn.rotary import rotate
 from longscan.nn.sequence_parallel import SequencePart, current_part
 from longscan.nn.state import State
@@ -58,9 +61,14 @@ class Attention(SequenceMixer):
         d_model: width of input and output.
         n_heads: heads of queries; default: d_model / 64, at least 1.
         n_kv_heads: heads of keys and values, a divisor of n_heads; default: n_heads.
-        head_dim: width of a head, even; default: d_model / n_heads.
+        head_dim: width of a head, with rotary positions even; default: d_model / n_heads.
+        rotary: whether queries and keys are turned by their positions.
         rotary_base: the longest wavelength of the positions over 2 pi.
         bias: whether the projections have biases.
+
+    Raises:
+        ArgumentError: a size is below 1, heads do not divide one another or the width, or head_dim is odd with rotary
+            positions.
     """
 
     undivided = None
@@ -72,6 +80,7 @@ class Attention(SequenceMixer):
         n_heads: int | None = None,
         n_kv_heads: int | None = None,
         head_dim: int | None = None,
+        rotary: bool = True,
         rotary_base: float = 10_000.0,
         bias: bool = False,
         device: torch.device | str | None = None,
@@ -89,10 +98,10 @@ class Attention(SequenceMixer):
                 raise ArgumentError(f"n_heads must divide d_model, got d_model {d_model} and n_heads {n_heads}")
             head_dim = d_model // n_heads
         check_sizes(head_dim=head_dim)
-        if head_dim % 2:
+        if rotary and head_dim % 2:
             raise ArgumentError(f"head_dim must be even, for rotary positions; got {head_dim}")
         self.d_model, self.n_heads, self.n_kv_heads, self.head_dim = d_model, n_heads, n_kv_heads, head_dim
-        self.rotary_base = rotary_base
+        self.rotary, self.rotary_base = rotary, rotary_base
         heads = n_heads + 2 * n_kv_heads
         self.in_proj = nn.Linear(d_model, heads * head_dim, bias=bias, device=device, dtype=dtype)
         self.out_proj = nn.Linear(n_heads * head_dim, d_model, bias=bias, device=device, dtype=dtype)
@@ -110,10 +119,10 @@ class Attention(SequenceMixer):
         queries, keys, values = self._project(x)
         steps = torch.arange(x.shape[1], device=x.device)
         if before is None:
-            queries, keys = (rotate(part, steps[None], self.rotary_base) for part in (queries, keys))
+            queries, keys = self._turned(queries, keys, steps[None])
             return self._merge(self._attend(queries, keys, values, None)), None
         positions = before.lengths[:, None] + steps
-        queries, keys = (rotate(part, positions, self.rotary_base) for part in (queries, keys))
+        queries, keys = self._turned(queries, keys, positions)
         after = _append(before, keys, values, before.used + x.shape[1])
         if before.used == 0:
             # Nothing came before, so the causal kernels serve, which need no mask.
@@ -155,9 +164,7 @@ class Attention(SequenceMixer):
         offsets = [0, x.shape[1]] if segments.cu_seqlens is None else segments.cu_seqlens.tolist()
         # Where the sequence began in which each of this part's lies: the first may have begun in an earlier part.
         begins = [segments.begin(part.start + offset) for offset in offsets[:-1]]
-        lengths = torch.tensor([end - start for start, end in itertools.pairwise(offsets)])
-        positions = torch.arange(part.start, part.end) - torch.tensor(begins).repeat_interleave(lengths)
-        queries, keys = (rotate(t, positions.to(x.device)[None], self.rotary_base) for t in (queries, keys))
+        queries, keys = self._turned(queries, keys, places(x.shape[1], x.device, None, cu_seqlens))
         keys, values = part.all_before(keys, 2), part.all_before(values, 2)
         outputs = []
         for begin, (start, end) in zip(begins, itertools.pairwise(offsets), strict=True):
@@ -176,7 +183,7 @@ class Attention(SequenceMixer):
         assert isinstance(state, AttentionState)
         queries, keys, values = self._project(x)
         positions = state.lengths[:, None]
-        queries, keys = (rotate(part, positions, self.rotary_base) for part in (queries, keys))
+        queries, keys = self._turned(queries, keys, positions)
         capacity = state.keys.shape[2]
         if state.used == capacity:
             capacity += max(64, capacity // 2)
@@ -199,6 +206,11 @@ class Attention(SequenceMixer):
         heads = self.in_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         queries, keys, values = heads.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=1)
         return queries, keys, values
+
+    def _turned(self, queries: Tensor, keys: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.rotary:
+            return queries, keys
+        return rotate(queries, positions, self.rotary_base), rotate(keys, positions, self.rotary_base)
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None) -> Tensor:
         return F.scaled_dot_product_attention(
@@ -229,7 +241,8 @@ class Attention(SequenceMixer):
         return batch * (length * per_token + 8)
 
     def extra_repr(self) -> str:
-        return f"{self.d_model}, n_heads={self.n_heads}, n_kv_heads={self.n_kv_heads}, head_dim={self.head_dim}"
+        sizes = f"{self.d_model}, n_heads={self.n_heads}, n_kv_heads={self.n_kv_heads}, head_dim={self.head_dim}"
+        return sizes if self.rotary else f"{sizes}, rotary=False"
 
 
 def _append(state: AttentionState, keys: Tensor, values: Tensor, capacity: int) -> AttentionState:

@@ -54,6 +54,9 @@ class DilatedRNN(SequenceMixer):
         cell: "lstm" (on CPUs twice as fast as "gru"), "gru" or "rnn" (tanh).
         d_hidden: width of every layer; default: d_model. Of another width, the output is projected.
         bias: whether there are biases.
+
+    Raises:
+        ArgumentError: a width or a dilation is below 1, there are no dilations, or the cell is unknown.
     """
 
     undivided = None

@@ -55,6 +55,10 @@ class H3(SequenceMixer):
 
     Attributes:
         The parameters of both SSMs stay float32 when the module is converted to bfloat16 or float16.
+
+    Raises:
+        ArgumentError: head_dim does not divide d_model, d_state is odd or below 2, d_shift is below 1, or there is no
+            such ``a_init`` or discretisation.
     """
 
     undivided = None

@@ -9,25 +9,28 @@ Gu, Dao, Ermon, Rudra and Re 2020 (arXiv 2008.07669), section 4 and appendix F, 
 With LegS the system is ``m' = (A m + B u) / t``: step t of the sequence is a step of 1 / t, so that all of the past is
 remembered evenly, whatever its length, and there is no time scale to choose. Other measures have a window.
 
-The systems of many steps are solved at once. The walk is then products and gates, and what it keeps for its gradient is
+The matrices of many steps are made at once. The walk is then products and gates, and what it keeps for its gradient is
 h and m of every step.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from longscan.errors import ArgumentError
+from longscan.nn.legs import BlockStep, DenseStep, legs_steps, numbers
 from longscan.nn.mixer import SequenceMixer, check_batch, keep_float32
 from longscan.nn.packing import after_own_length, over_rows
 from longscan.nn.relay import relay
 from longscan.nn.sequence_parallel import current_part
 from longscan.nn.state import State
+from longscan.nn.walk import Tensors, walk
 from longscan.statespace import discretise_dense, transition
 from longscan.statespace.discretisation import ALPHAS
 
@@ -35,7 +38,7 @@ from longscan.statespace.discretisation import ALPHAS
 METHODS = ("bilinear", "backward_euler")
 
 # Of the matrices of many steps: numbers that are held at a time.
-_NUMBERS = 2**20
+_NUMBERS = 2**22
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +65,10 @@ class HiPPO(SequenceMixer):
 
     Attributes:
         A, B: (order, order) and (order,), float32 buffers. Not trained.
+
+    Raises:
+        ArgumentError: a size is below 1, there is no such measure or discretisation, or the window is not one (LegS has
+            none).
     """
 
     undivided = None
@@ -138,7 +145,10 @@ class HiPPO(SequenceMixer):
                 before.hidden,
                 self.encoder.weight.to(wide).T,
                 self.memory_proj.weight.to(wide).T,
-                _Systems(self.A, self.B, clock, ALPHAS[self.discretisation] if self.measure == "legs" else None),
+                self.A,
+                self.B,
+                clock,
+                ALPHAS[self.discretisation] if self.measure == "legs" else None,
             )
         steps = x.shape[1] if lengths is None else lengths.to(x.device)
         after = HiPPOState(
@@ -168,16 +178,9 @@ class HiPPO(SequenceMixer):
         ``clock`` (batch,), or (1,) for all rows, is the number of steps before this one.
         """
         if self.measure != "legs":
-            return memory @ self.A.T + u[..., None] * self.B
-        # (1 - a A / t) m_t = (1 + (1 - a) A / t) m_t-1 + B u_t / t, of which A is lower triangular.
-        alpha = ALPHAS[self.discretisation]
-        rate = 1 / (clock + 1).to(memory.dtype)[:, None, None]
-        right = memory + rate * ((1 - alpha) * (memory @ self.A.T) + u[..., None] * self.B)
-        left = torch.eye(self.order, dtype=memory.dtype, device=memory.device) - alpha * rate * self.A
-        if len(left) < len(right):
-            flat = torch.linalg.solve_triangular(left[0], right.flatten(0, 1).T, upper=False)
-            return flat.T.view_as(right)
-        return torch.linalg.solve_triangular(left, right.mT, upper=False).mT
+            return DenseStep(self.A.T, self.B).ahead(memory, u)
+        (step,) = legs_steps(self.order, clock, 1, ALPHAS[self.discretisation], memory.dtype)
+        return step.ahead(memory, u)
 
     def initial_state(
         self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -200,33 +203,9 @@ def _gated(hidden: Tensor, memory: Tensor, gates: Tensor, W_m: Tensor) -> Tensor
     return torch.lerp(hidden, torch.tanh(new), torch.sigmoid(gate))
 
 
-class _Systems(NamedTuple):
-    """The matrices of all steps: constant, where alpha is None, or of the step 1 / t."""
-
-    A: Tensor
-    B: Tensor
-    clock: Tensor
-    alpha: float | None
-
-    def stretches(self, length: int) -> list[slice]:
-        """Steps whose matrices are held at a time."""
-        size = length if self.alpha is None else max(1, _NUMBERS // (len(self.clock) * self.A.numel()))
-        return [slice(start, min(start + size, length)) for start in range(0, length, size)]
-
-    def of(self, steps: slice) -> list[tuple[Tensor, Tensor]]:
-        """Of each step A_bar^T, (order, order) or (batch, order, order), and B_bar, (order,) or (batch, 1, order)."""
-        if self.alpha is None:
-            return [(self.A.T, self.B)] * (steps.stop - steps.start)
-        times = self.clock[:, None] + torch.arange(steps.start + 1, steps.stop + 1, device=self.A.device)
-        rate = 1 / times.to(self.A.dtype)[..., None, None]
-        unit = torch.eye(len(self.A), dtype=self.A.dtype, device=self.A.device)
-        right = torch.cat((unit + (1 - self.alpha) * rate * self.A, rate * self.B[:, None]), dim=-1)
-        # A is lower triangular.
-        solved = torch.linalg.solve_triangular(unit - self.alpha * rate * self.A, right, upper=False)
-        A_bar, B_bar = solved[..., :-1].mT, solved[..., -1]
-        if len(self.clock) == 1:
-            return list(zip(A_bar[0].unbind(0), B_bar[0].unbind(0), strict=True))
-        return list(zip(A_bar.unbind(1), B_bar[:, :, None].unbind(1), strict=True))
+def _steps(A: Tensor, B: Tensor, clock: Tensor, steps: int, alpha: float | None) -> Sequence[DenseStep | BlockStep]:
+    """Those after ``clock`` (batch or 1,): of A and B themselves where alpha is None, else of LegS."""
+    return [DenseStep(A.T, B)] * steps if alpha is None else legs_steps(len(B), clock, steps, alpha, B.dtype)
 
 
 class _Walk(torch.autograd.Function):
@@ -234,55 +213,82 @@ class _Walk(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        projected: Tensor, memory: Tensor, hidden: Tensor, W_u: Tensor, W_m: Tensor, systems: _Systems
+        projected: Tensor,
+        memory: Tensor,
+        hidden: Tensor,
+        W_u: Tensor,
+        W_m: Tensor,
+        A: Tensor,
+        B: Tensor,
+        clock: Tensor,
+        alpha: float | None,
     ) -> tuple[Tensor, Tensor]:
         """h (batch, length, d_hidden) and m (batch, length, d_memory, order) after every step."""
-        d_memory, d_hidden = memory.shape[1], hidden.shape[1]
-        memories, hiddens = [], []
-        for steps in systems.stretches(projected.shape[1]):
-            for (A_bar, B_bar), own in zip(systems.of(steps), projected[:, steps].unbind(1), strict=True):
-                u, gates = own.split([d_memory, 2 * d_hidden], dim=1)
-                u = torch.addmm(u, hidden, W_u)
-                memory = torch.addcmul(memory @ A_bar, u[..., None], B_bar)
-                hidden = _gated(hidden, memory, gates, W_m)
-                memories.append(memory)
-                hiddens.append(hidden)
-        return torch.stack(hiddens, dim=1), torch.stack(memories, dim=1)
+        (hiddens, memories), _ = walk(
+            _forward,
+            (projected.transpose(0, 1),),
+            (memory, hidden, clock),
+            (W_u, W_m, A, B),
+            alpha,
+            steps=max(1, _NUMBERS // (len(clock) * numbers(len(B)))),
+        )
+        return hiddens.transpose(0, 1), memories.transpose(0, 1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *tensors, ctx.systems = inputs
+        *tensors, ctx.alpha = inputs
         ctx.save_for_backward(*tensors, *output)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dhiddens: Tensor, dmemories: Tensor) -> tuple[Tensor | None, ...]:
-        projected, memory, hidden, W_u, W_m, hiddens, memories = ctx.saved_tensors
-        systems: _Systems = ctx.systems
+        projected, memory, hidden, W_u, W_m, A, B, clock, hiddens, memories = ctx.saved_tensors
         before = torch.cat((hidden[:, None], hiddens[:, :-1]), dim=1)
         gate, new = (projected[..., memory.shape[1] :] + memories.flatten(2) @ W_m).chunk(2, dim=-1)
         gate, new = torch.sigmoid(gate), torch.tanh(new)
         kept = 1 - gate
         slopes = torch.cat(((new - before) * gate * kept, gate * (1 - new.square())), dim=-1)
-        dhidden, dmemory, found = torch.zeros_like(hidden), torch.zeros_like(memory), []
-        parts = [part.unbind(1) for part in (dhiddens, dmemories.flatten(2), slopes, kept)]
-        for steps in reversed(systems.stretches(projected.shape[1])):
-            for place, (A_bar, B_bar) in reversed(list(enumerate(systems.of(steps), steps.start))):
-                from_h, from_m, slope, keep = (part[place] for part in parts)
-                dhidden = dhidden + from_h
-                dgates = torch.cat((dhidden, dhidden), dim=1) * slope
-                dmemory = dmemory + torch.addmm(from_m, dgates, W_m.T).view_as(memory)
-                du = (dmemory * B_bar).sum(-1)
-                found.append(torch.cat((du, dgates), dim=1))
-                dmemory = dmemory @ A_bar.mT
-                dhidden = torch.addmm(dhidden * keep, du, W_u.T)
-        dprojected = torch.stack(found, dim=1).flip(1)
-        du, dgates = dprojected.flatten(0, 1).tensor_split([memory.shape[1]], dim=1)
-        return (
-            dprojected,
-            dmemory,
-            dhidden,
-            before.flatten(0, 1).T @ du,
-            memories.flatten(2).flatten(0, 1).T @ dgates,
-            None,
+        (found,), (dmemory, dhidden, _) = walk(
+            _backward,
+            tuple(part.transpose(0, 1) for part in (dhiddens, dmemories.flatten(2), slopes, kept)),
+            (torch.zeros_like(memory), torch.zeros_like(hidden), clock + projected.shape[1]),
+            (W_u.T, W_m.T, A, B),
+            ctx.alpha,
+            steps=max(1, _NUMBERS // (len(clock) * numbers(len(B)))),
+            reverse=True,
         )
+        dprojected = found.transpose(0, 1)
+        du, dgates = dprojected.flatten(0, 1).tensor_split([memory.shape[1]], dim=1)
+        weights = before.flatten(0, 1).T @ du, memories.flatten(2).flatten(0, 1).T @ dgates
+        return dprojected, dmemory, dhidden, *weights, None, None, None, None
+
+
+def _forward(sequences: Tensors, carried: Tensors, constants: Tensors, alpha: float | None) -> tuple[Tensors, Tensors]:
+    """x's parts of u and the gates, (length, batch, ...), to h and m after every step."""
+    (projected,), (memory, hidden, clock), (W_u, W_m, A, B) = sequences, carried, constants
+    hiddens, memories = [], []
+    for step, own in zip(_steps(A, B, clock, len(projected), alpha), projected.unbind(0), strict=True):
+        u, gates = own.tensor_split([memory.shape[1]], dim=1)
+        u = torch.addmm(u, hidden, W_u)
+        memory = step.ahead(memory, u)
+        hidden = _gated(hidden, memory, gates, W_m)
+        memories.append(memory)
+        hiddens.append(hidden)
+    return (torch.stack(hiddens), torch.stack(memories)), (memory, hidden, clock + len(projected))
+
+
+def _backward(sequences: Tensors, carried: Tensors, constants: Tensors, alpha: float | None) -> tuple[Tensors, Tensors]:
+    """Gradients of h and m and the slopes and shares of the gates, (length, batch, ...), to those of x's parts."""
+    (dmemory, dhidden, clock), (W_u, W_m, A, B) = carried, constants
+    clock = clock - len(sequences[0])
+    parts = list(zip(*(sequence.unbind(0) for sequence in sequences), strict=True))
+    found = []
+    steps = _steps(A, B, clock, len(parts), alpha)
+    for step, (from_h, from_m, slope, keep) in zip(reversed(steps), reversed(parts), strict=True):
+        dhidden = dhidden + from_h
+        dgates = torch.cat((dhidden, dhidden), dim=1) * slope
+        dmemory = dmemory + torch.addmm(from_m, dgates, W_m).view_as(dmemory)
+        dmemory, du = step.back(dmemory)
+        found.append(torch.cat((du, dgates), dim=1))
+        dhidden = torch.addmm(dhidden * keep, du, W_u)
+    return (torch.stack(found).flip(0),), (dmemory, dhidden, clock)

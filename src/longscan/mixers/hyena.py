@@ -112,6 +112,10 @@ class Hyena(SequenceMixer):
 
     Attributes:
         The filters' network, ``frequency`` and ``D`` stay float32 when the module is converted to bfloat16 or float16.
+
+    Raises:
+        ArgumentError: a size is below the least one, d_features is even, or there would be no filter (order 1 without
+            filter_values).
     """
 
     undivided = "a filter reaches over all of the past, which no small state sums up"

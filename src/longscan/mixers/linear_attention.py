@@ -7,8 +7,8 @@ Katharopoulos, Vyas, Pappas and Fleuret 2020 (arXiv 2006.16236), equations 16-20
     q, k, v = W_{in} x, \qquad S_t = S_{t-1} + \phi(k_t) v_t^\top, \qquad z_t = z_{t-1} + \phi(k_t), \qquad
     y_t = W_{out} \frac{S_t^\top \phi(q_t)}{\phi(q_t) \cdot z_t + \epsilon}
 
-Nothing decays, and nothing here tells positions apart: the paper adds position embeddings to the model's input, which
-:class:`longscan.LanguageModel` has none of. Order reaches a layer through what its prefix holds.
+Nothing decays, and nothing here tells positions apart: the paper adds position embeddings to the model's input, as
+``LanguageModelConfig(positions=...)`` does. Without them order reaches a layer through what its prefix holds.
 """
 
 from __future__ import annotations
@@ -44,6 +44,9 @@ class LinearAttention(SequenceMixer):
         n_heads: heads, a divisor of d_model; default: d_model / 64, at least 1.
         eps: added to the sum of weights.
         bias: whether the projections have biases.
+
+    Raises:
+        ArgumentError: n_heads does not divide d_model, or eps is not positive.
     """
 
     undivided = None

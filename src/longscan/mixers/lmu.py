@@ -33,6 +33,7 @@ from longscan.nn.recurrences import time_invariant
 from longscan.nn.relay import relay
 from longscan.nn.sequence_parallel import current_part
 from longscan.nn.state import State
+from longscan.nn.walk import Tensors, walk
 from longscan.statespace import discretise_dense, transition
 
 METHODS = ("zoh", "bilinear", "backward_euler")
@@ -65,6 +66,9 @@ class LMU(SequenceMixer):
     Attributes:
         drift, B_bar: A_bar - 1 (order, order) and B_bar (order,), float32 buffers: not trained, as in both papers. Of a
             long window A_bar is nearly 1, and rounded to float32 would have lost what makes it forget.
+
+    Raises:
+        ArgumentError: a size is below 1, theta is not positive, or there is no such discretisation.
     """
 
     undivided = None
@@ -254,11 +258,7 @@ class _Walk(torch.autograd.Function):
     @staticmethod
     def forward(inputs: Tensor, start: Tensor, W: Tensor, squashed: int) -> Tensor:
         """inputs (batch, length, n), start (batch, n) and W (n, n) to all states, (batch, length, n)."""
-        # In place, so that a step is little more than its two kernels.
-        states, state = inputs.transpose(0, 1).clone(memory_format=torch.contiguous_format), start
-        for t in range(len(states)):
-            state = states[t].addmm_(state, W)
-            state[:, :squashed].tanh_()
+        (states,), _ = walk(_forward, (inputs.transpose(0, 1),), (start,), (W,), squashed)
         return states.transpose(0, 1)
 
     @staticmethod
@@ -271,9 +271,28 @@ class _Walk(torch.autograd.Function):
     def backward(ctx: Any, dstates: Tensor) -> tuple[Tensor | None, ...]:
         start, W, states = ctx.saved_tensors
         slopes = F.pad(1 - states[..., : ctx.squashed].square(), (0, states.shape[2] - ctx.squashed), value=1.0)
-        found, dinput = dstates.transpose(0, 1).clone(memory_format=torch.contiguous_format), torch.zeros_like(start)
-        for t in reversed(range(len(found))):
-            dinput = found[t].addmm_(dinput, W.T).mul_(slopes[:, t])
+        sequences = (dstates.transpose(0, 1), slopes.transpose(0, 1))
+        (found,), (dinput,) = walk(_backward, sequences, (torch.zeros_like(start),), (W.T,), reverse=True)
         dinputs = found.transpose(0, 1)
         before = torch.cat((start[:, None], states[:, :-1]), dim=1)
         return dinputs, dinput @ W.T, before.flatten(0, 1).T @ dinputs.flatten(0, 1), None
+
+
+# Both in place, so that a step is little more than its two kernels.
+def _forward(sequences: Tensors, carried: Tensors, constants: Tensors, squashed: int) -> tuple[Tensors, Tensors]:
+    """Inputs (length, batch, n) to states."""
+    (inputs,), (state,), (W,) = sequences, carried, constants
+    states = inputs.clone(memory_format=torch.contiguous_format)
+    for t in range(len(states)):
+        state = states[t].addmm_(state, W)
+        state[:, :squashed].tanh_()
+    return (states,), (state,)
+
+
+def _backward(sequences: Tensors, carried: Tensors, constants: Tensors) -> tuple[Tensors, Tensors]:
+    """Gradients of states, and the slopes of what made them, both (length, batch, n), to gradients of inputs."""
+    (dstates, slopes), (dinput,), (W_T,) = sequences, carried, constants
+    found = dstates.clone(memory_format=torch.contiguous_format)
+    for t in reversed(range(len(found))):
+        dinput = found[t].addmm_(dinput, W_T).mul_(slopes[t])
+    return (found,), (dinput,)

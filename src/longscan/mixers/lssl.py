@@ -60,6 +60,9 @@ class LSSL(SequenceMixer):
     Attributes:
         A, B, which all channels share, log_dt, C and D stay float32 when the module is converted to bfloat16 or
         float16. Training may move A to where the system grows; nothing here forbids it.
+
+    Raises:
+        ArgumentError: a size is below 1, or there is no such measure or discretisation.
     """
 
     time_invariant = True

@@ -40,6 +40,9 @@ class LSTM(SequenceMixer):
         d_hidden: width of the state; default: d_model, and then y is h itself. Of another width, h is projected.
         bias: whether gates have biases.
         forget_bias: where the forget gate's bias starts. Everything else starts uniform in +- d_hidden^-1/2.
+
+    Raises:
+        ArgumentError: a width is below 1.
     """
 
     undivided = None

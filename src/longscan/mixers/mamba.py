@@ -67,6 +67,10 @@ class Mamba(SequenceMixer):
 
     Attributes:
         A_log, D and the bias of ``dt_proj`` stay float32 when the module is converted to bfloat16 or float16.
+
+    Raises:
+        ArgumentError: a size is below 1, ``a_init`` or ``dt_init`` is unknown, d_state is odd with a complex A, or an
+            epsilon is none.
     """
 
     undivided = None
@@ -180,6 +184,8 @@ class Mamba(SequenceMixer):
             and self.dt_proj.bias is not None
             and self.x_proj.bias is None
             and not torch.compiler.is_compiling()
+            # `vmap` takes operators, and no function with a backward pass of its own.
+            and not torch._C._are_functorch_transforms_active()
             and current_part() is None
         )
 

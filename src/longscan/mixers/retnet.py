@@ -12,10 +12,10 @@ The group norm, one group a head, has no weights, as in the authors' code. It ta
 the three normalisations of section 2.4: the one of the scores is kept (it sets what epsilon means), the other two only
 keep float16 from overflowing, where states here are float32.
 
-The paper's block is this layer and a two-layer feed-forward network of width 2 d_model, each behind a layer norm. The
-nearest shape here is ``LanguageModelConfig(mixer="retnet", d_intermediate=...)``: RMS norms and a gated MLP, which the
-authors' later code has too; 4/3 d_model gives it as many parameters. Angles run over base^(-2 i / d_k); the authors'
-code spreads them so that the last is 1 / base exactly.
+The paper's block is this layer and a two-layer feed-forward network of width 2 d_model, each behind a layer norm:
+``LanguageModelConfig(mixer="retnet", norm="layer", mlp="gelu", d_intermediate=...)``. RMS norms and a gated MLP, the
+defaults, are in the authors' later code; 4/3 d_model gives it as many parameters. Angles run over base^(-2 i / d_k);
+the authors' code spreads them so that the last is 1 / base exactly.
 """
 
 from __future__ import annotations
@@ -59,6 +59,9 @@ class RetNet(SequenceMixer):
             1 - e^l, with l evenly spaced from log(1/32) to log(1/512).
         rotary_base: the longest wavelength of the rotation over 2 pi.
         norm_eps: of the group norm.
+
+    Raises:
+        ArgumentError: heads do not divide the widths, a head of the queries is odd, or ``gamma`` or an epsilon is none.
     """
 
     undivided = None

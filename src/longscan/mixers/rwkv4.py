@@ -13,7 +13,7 @@ Keys are exponents, so numerator and denominator are kept relative to e^m, with 
 :math:`m_t = \max(m_{t-1} - w, k_t)`: no exponential is ever above 1, and the sums never vanish.
 
 The paper's block puts its channel mixing (:mod:`longscan.mixers.rwkv4_channels`), behind this layer, and layer norms in
-front of both: ``LanguageModelConfig(mixer=("rwkv4", "rwkv4_channels"))`` is that, with RMS norms.
+front of both: ``LanguageModelConfig(mixer=("rwkv4", "rwkv4_channels"), norm="layer")``.
 """
 
 from __future__ import annotations
@@ -66,6 +66,9 @@ class RWKV4(SequenceMixer):
 
     Attributes:
         time_decay (log w) and time_first (u) stay float32 when the module is converted to bfloat16 or float16.
+
+    Raises:
+        ArgumentError: d_model is below 1, or depth outside 0 .. 1.
     """
 
     undivided = None

@@ -8,8 +8,8 @@ shift):
     y_t = \sigma(r_t) \odot W_v \max(k_t, 0)^2
 
 It takes the place of a Transformer's feed-forward network, but remembers a token, so it is a mixer: a model whose
-layers are time mixing and channel mixing in turn, ``mixer=("rwkv4", "rwkv4_channels")``, is the paper's, with RMS norms
-for its layer norms. The token shift is a convolution of two taps.
+layers are time mixing and channel mixing in turn, ``mixer=("rwkv4", "rwkv4_channels")``, is the paper's with
+``norm="layer"``, but for the layer norm of its embedding. The token shift is a convolution of two taps.
 """
 
 from __future__ import annotations
@@ -45,6 +45,9 @@ class RWKV4Channels(SequenceMixer):
 
     Initialisation is that of the authors' code (RWKV-v4neo): receptance and value start at zero, so that a layer starts
     by adding nothing. Names of parameters are the code's.
+
+    Raises:
+        ArgumentError: a width is below 1, or depth outside 0 .. 1.
     """
 
     undivided = None

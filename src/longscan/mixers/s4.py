@@ -67,6 +67,9 @@ class S4(SequenceMixer):
 
     Attributes:
         log_dt, A_log, A_imag, P, B, C and D stay float32 when the module is converted to bfloat16 or float16.
+
+    Raises:
+        ArgumentError: d_model is below 1, d_state is odd or below 2, or there is no such measure.
     """
 
     time_invariant = True

@@ -51,6 +51,9 @@ class S4D(SequenceMixer):
 
     Attributes:
         log_dt, A_log, A_imag, C and D stay float32 when the module is converted to bfloat16 or float16.
+
+    Raises:
+        ArgumentError: d_model is below 1, d_state is odd, or there is no such ``a_init`` or discretisation.
     """
 
     time_invariant = True

@@ -51,6 +51,10 @@ class S5(SequenceMixer):
 
     Attributes:
         log_dt, A_log, A_imag, B, C and D stay float32 when the module is converted to bfloat16 or float16.
+
+    Raises:
+        ArgumentError: d_model is below 1, d_state is no multiple of twice the blocks, or there is no such
+            discretisation or ``glu``.
     """
 
     undivided = None

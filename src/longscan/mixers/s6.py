@@ -55,6 +55,9 @@ class S6(SequenceMixer):
     Attributes:
         A_log, D, the bias of the steps (of ``dt_proj``, or ``dt_bias`` where they are fixed) and fixed ``B`` and ``C``
         stay float32 when the module is converted to bfloat16 or float16.
+
+    Raises:
+        ArgumentError: d_model or d_state is below 1, or ``selective`` names something else.
     """
 
     undivided = None

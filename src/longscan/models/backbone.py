@@ -1,4 +1,4 @@
-"""The residual backbone: an embedding, pre-norm blocks of any mixers, a final norm."""
+"""The residual backbone: an embedding, blocks of any mixers, a final norm."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from longscan.errors import ArgumentError
 from longscan.models.config import LanguageModelConfig
 from longscan.nn.mixer import SequenceMixer, check_batch, check_state
-from longscan.nn.mlp import GatedMLP
-from longscan.nn.norms import AddRMSNorm
+from longscan.nn.mlp import MLP, GatedMLP, make_mlp
+from longscan.nn.norms import ADD_NORMS, AddLayerNorm, AddRMSNorm
+from longscan.nn.positions import make_positions, places
 from longscan.nn.state import ModelState, State
 
 
@@ -22,7 +23,8 @@ class Block(nn.Module):
     """Add, norm, mixer and, if wanted, add, norm, MLP.
 
     The sum of a branch with the residual stream waits for the next norm, with which it is fused: a block takes and
-    gives the last branch's output and the stream before it.
+    gives the last branch's output and the stream before it. In post-norm, a block's first norm is that of the sum with
+    the block before, which the first one lacks, and what is normed is the stream.
     """
 
     def __init__(
@@ -34,20 +36,21 @@ class Block(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.residual_in_fp32 = config.residual_in_fp32
-        self.norm = AddRMSNorm(config.d_model, config.norm_eps, device=device, dtype=dtype)
+        self.residual_in_fp32, self.prenorm = config.residual_in_fp32, config.prenorm
+        make_norm = partial(ADD_NORMS[config.norm], config.d_model, config.norm_eps, device=device, dtype=dtype)
+        self.norm: AddRMSNorm | AddLayerNorm | None = make_norm() if config.prenorm or layer else None
         self.mixer: SequenceMixer = config.build_mixer(layer, config.d_model, device=device, dtype=dtype)
+        self.norm2: AddRMSNorm | AddLayerNorm | None = None
+        self.mlp: GatedMLP | MLP | None = None
         if config.d_intermediate:
-            self.norm2: AddRMSNorm | None = AddRMSNorm(config.d_model, config.norm_eps, device=device, dtype=dtype)
-            self.mlp: GatedMLP | None = GatedMLP(config.d_model, config.d_intermediate, device=device, dtype=dtype)
-        else:
-            self.norm2 = self.mlp = None
+            self.norm2 = make_norm()
+            self.mlp = make_mlp(config.mlp, config.d_model, config.d_intermediate, device=device, dtype=dtype)
 
     def forward(
         self, x: Tensor, residual: Tensor | None, state: State | None = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor, State | None]:
         """x, residual (batch, length, d_model) to the same two, and the mixer's state."""
-        x, residual = self.norm(x, residual, self._residual_dtype(x))
+        x, residual = self._normed(self.norm, x, residual)
         x, state = self.mixer(x, state, cu_seqlens=cu_seqlens)
         return *self._feed_forward(x, residual), state
 
@@ -55,18 +58,25 @@ class Block(nn.Module):
         self, x: Tensor, residual: Tensor | None, state: State, *, inplace: bool = False
     ) -> tuple[Tensor, Tensor, State]:
         """:meth:`forward` for one token: x, residual (batch, d_model)."""
-        x, residual = self.norm(x, residual, self._residual_dtype(x))
+        x, residual = self._normed(self.norm, x, residual)
         x, state = self.mixer.step(x, state, inplace=inplace)
         return *self._feed_forward(x, residual), state
 
     def _feed_forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        if self.mlp is None or self.norm2 is None:
+        if self.mlp is None:
             return x, residual
-        x, residual = self.norm2(x, residual, residual.dtype)
+        x, residual = self._normed(self.norm2, x, residual)
         return self.mlp(x), residual
 
-    def _residual_dtype(self, x: Tensor) -> torch.dtype:
-        return torch.promote_types(x.dtype, torch.float32) if self.residual_in_fp32 else x.dtype
+    def _normed(
+        self, norm: AddRMSNorm | AddLayerNorm | None, x: Tensor, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What the next branch reads, and the stream beside it."""
+        total = x
+        if norm is not None:
+            dtype = torch.promote_types(x.dtype, torch.float32) if self.residual_in_fp32 else x.dtype
+            x, total = norm(x, residual, dtype)
+        return x, total if self.prenorm else x
 
 
 class Backbone(nn.Module):
@@ -82,8 +92,16 @@ class Backbone(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model, device=device, dtype=dtype)
+        self.positions = make_positions(
+            config.positions,
+            config.d_model,
+            config.max_positions,
+            scale=math.sqrt(config.d_model),
+            device=device,
+            dtype=dtype,
+        )
         self.layers = nn.ModuleList(Block(config, layer, device=device, dtype=dtype) for layer in range(config.n_layer))
-        self.norm_f = AddRMSNorm(config.d_model, config.norm_eps, device=device, dtype=dtype)
+        self.norm_f = ADD_NORMS[config.norm](config.d_model, config.norm_eps, device=device, dtype=dtype)
         self.reset_parameters()
 
     @property
@@ -118,11 +136,15 @@ class Backbone(nn.Module):
     def initial_state(self, batch: int, dtype: torch.dtype | None = None) -> ModelState:
         """The state before the first token."""
         check_batch(batch)
-        return ModelState(tuple(block.mixer.initial_state(batch, dtype=dtype) for block in self.blocks))
+        positions = None
+        if self.positions is not None:
+            positions = torch.zeros(batch, device=self.norm_f.weight.device, dtype=torch.int64)
+        return ModelState(tuple(block.mixer.initial_state(batch, dtype=dtype) for block in self.blocks), positions)
 
     def state_bytes(self, batch: int = 1, length: int = 0) -> int:
         """Bytes of the state of ``batch`` sequences after ``length`` tokens."""
-        return sum(block.mixer.state_bytes(batch, length) for block in self.blocks)
+        own = 0 if self.positions is None else 8 * batch
+        return own + sum(block.mixer.state_bytes(batch, length) for block in self.blocks)
 
     def forward(
         self, tokens: Tensor, state: ModelState | None = None, *, cu_seqlens: Tensor | None = None
@@ -149,6 +171,9 @@ class Backbone(nn.Module):
         """
         if state is not None:
             self._check_state(state, x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+        before = None if state is None else state.positions
+        if self.positions is not None:
+            x = self.positions(x, places(x.shape[1], x.device, before, cu_seqlens))
         residual: Tensor | None = None
         after: list[State | None] = []
         for index, layer in enumerate(self.layers):
@@ -162,8 +187,12 @@ class Backbone(nn.Module):
             assert residual is not None
             streams.append(x + residual)
         assert residual is not None
-        x, _ = self.norm_f(x, residual, residual.dtype)
-        return x, None if state is None else ModelState(tuple(after))
+        hidden, _ = self.norm_f(x, residual, residual.dtype)
+        if state is None:
+            return hidden, None
+        if before is not None:
+            before = before + (x.shape[1] if cu_seqlens is None else cu_seqlens.diff())
+        return hidden, ModelState(tuple(after), before)
 
     def step(self, tokens: Tensor, state: ModelState, *, inplace: bool = False) -> tuple[Tensor, ModelState]:
         """One token per sequence: tokens (batch,) to hidden vectors (batch, d_model)."""
@@ -171,7 +200,9 @@ class Backbone(nn.Module):
             raise ArgumentError(f"tokens must be (batch,), one per sequence; got shape {tuple(tokens.shape)}")
         self.check_tokens(tokens)
         self._check_state(state, tokens.shape[0])
-        x = self.embedding(tokens)
+        x, positions = self.embedding(tokens), state.positions
+        if self.positions is not None and positions is not None:
+            x, positions = self.positions(x[:, None], positions[:, None])[:, 0], positions + 1
         residual: Tensor | None = None
         after: list[State | None] = []
         for block, own in zip(self.blocks, state.layers, strict=True):
@@ -180,7 +211,7 @@ class Backbone(nn.Module):
             after.append(own)
         assert residual is not None
         x, _ = self.norm_f(x, residual, residual.dtype)
-        return x, ModelState(tuple(after))
+        return x, ModelState(tuple(after), positions)
 
     def check_tokens(self, tokens: Tensor) -> None:
         """Raise ArgumentError unless tokens are integers and, on the CPU, all in the vocabulary."""
@@ -194,6 +225,8 @@ class Backbone(nn.Module):
         check_state("the model", state, ModelState, sequences)
         if len(state.layers) != len(self.layers):
             raise ArgumentError(f"state has {len(state.layers)} layers, the model {len(self.layers)}")
+        if (state.positions is None) != (self.positions is None):
+            raise ArgumentError("state: is of a model with other positions (config.positions)")
 
 
 def check_vocabulary(tokens: Tensor, vocab_size: int, name: str = "tokens") -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from longscan.errors import ArgumentError
+from longscan.nn.capture import captured
 from longscan.nn.state import ModelState
 from longscan.ops import backends
 
@@ -102,8 +103,7 @@ class _Graph:
             with torch.cuda.stream(side):
                 model.backbone(self._tokens, self._state)
             torch.cuda.current_stream().wait_stream(side)
-            # Other threads may use the GPU meanwhile.
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            with captured(self._graph):
                 hidden, after = model.backbone(self._tokens, self._state)
                 self._last = hidden[:, -1].contiguous()
         assert after is not None

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from longscan.errors import ArgumentError, ConfigError
-from longscan.models.options import Config, MixerChoice
+from longscan.models.options import Config, MixerChoice, check_positions
 from longscan.models.stack import NORMS, Stack, make_norm
 from longscan.models.storage import StoredModel
+from longscan.nn.mlp import MLPS
+from longscan.nn.positions import POSITIONS, make_positions, places
 
 POOLINGS = ("mean", "last", "max", "none")
 DIRECTIONS = ("forward", "sum", "concat")
@@ -33,7 +35,7 @@ class ClassifierConfig(MixerChoice, Config):
         vocab_size: for inputs that are tokens, how many there are; 0: inputs are vectors.
         d_input: for inputs that are vectors, their width; 0: inputs are tokens.
         mixer, mixer_options, block, block_options: as in :class:`longscan.LanguageModelConfig`.
-        d_intermediate: width of the gated MLP after each mixer; 0 means none.
+        d_intermediate: width of the MLP after each mixer; 0 means none.
         pooling: over time before the decoder: "mean", "max", "last" (of both ends, if bidirectional), or "none": an
             output at every place.
         direction: "forward" is causal; "sum" and "concat" run a second stack from the end and put both together.
@@ -42,6 +44,8 @@ class ClassifierConfig(MixerChoice, Config):
             from them, a and b, an MLP sees (a, b, a * b, a - b) (the Long Range Arena's retrieval, Tay et al. 2021).
         prenorm: norms stand before mixers (and one before pooling), or after the sums.
         dropout: probability, of whole channels of each branch.
+        mlp, positions, max_positions: as in :class:`longscan.LanguageModelConfig`; sines are added to inputs as they
+            are, and places are counted from the first, in both directions.
 
     Raises:
         ConfigError: a value is not allowed.
@@ -63,6 +67,9 @@ class ClassifierConfig(MixerChoice, Config):
     prenorm: bool = True
     dropout: float = 0.0
     pair: bool = False
+    mlp: str = "gated"
+    positions: str = "none"
+    max_positions: int = 0
 
     def __post_init__(self) -> None:
         self.check_integers(_LEAST)
@@ -71,9 +78,10 @@ class ClassifierConfig(MixerChoice, Config):
                 f"inputs are tokens (vocab_size) or vectors (d_input), one of the two; got vocab_size "
                 f"{self.vocab_size} and d_input {self.d_input}"
             )
-        for name, allowed in (("pooling", POOLINGS), ("direction", DIRECTIONS), ("norm", NORMS)):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        self.check_names(
+            {"pooling": POOLINGS, "direction": DIRECTIONS, "norm": NORMS, "mlp": MLPS, "positions": POSITIONS}
+        )
+        check_positions(self.positions, self.max_positions)
         for name in ("prenorm", "pair"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
@@ -84,7 +92,10 @@ class ClassifierConfig(MixerChoice, Config):
         self.check_mixers()
 
 
-_LEAST = {"d_model": 1, "n_layer": 1, "n_outputs": 1, "vocab_size": 0, "d_input": 0, "d_intermediate": 0}
+_LEAST = {
+    **dict.fromkeys(("d_model", "n_layer", "n_outputs"), 1),
+    **dict.fromkeys(("vocab_size", "d_input", "d_intermediate", "max_positions"), 0),
+}
 
 
 class Classifier(StoredModel):
@@ -115,12 +126,14 @@ class Classifier(StoredModel):
             self.encoder = nn.Embedding(config.vocab_size, d_model, device=device, dtype=dtype)
         else:
             self.encoder = nn.Linear(config.d_input, d_model, device=device, dtype=dtype)
+        self.positions = make_positions(config.positions, d_model, config.max_positions, device=device, dtype=dtype)
         self.stacks = nn.ModuleList(
             Stack(
                 config,
                 d_model,
                 config.n_layer,
                 d_intermediate=config.d_intermediate,
+                mlp=config.mlp,
                 norm=config.norm,
                 prenorm=config.prenorm,
                 dropout=config.dropout,
@@ -158,6 +171,8 @@ class Classifier(StoredModel):
             lengths = lengths.to(inputs.device)
             mask = torch.arange(inputs.shape[1], device=inputs.device) < lengths[:, None]
         x = self.encoder(inputs)
+        if self.positions is not None:
+            x = self.positions(x, places(x.shape[1], x.device, None, None))
         if mask is not None:
             x = x.masked_fill(~mask[..., None], 0)
         x = self.norm(self._mix(x, lengths, mask))

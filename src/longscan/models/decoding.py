@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from longscan.errors import ArgumentError, BackendError
 from longscan.mixers.mamba import Mamba, MambaState
 from longscan.models.chunks import copy_tensors
+from longscan.nn.capture import captured
 from longscan.nn.int8 import Int8Embedding, Int8Linear
 from longscan.nn.linear import StepProjection, is_plain
+from longscan.nn.mlp import GatedMLP
 from longscan.nn.norms import AddRMSNorm
 from longscan.nn.state import ModelState
 from longscan.ops.int8 import Int8Matrix
@@ -72,6 +74,8 @@ class CompiledStepper:
         from longscan.ops.mamba_step import CudaMambaDecoder, MambaDecoder
 
         backbone = model.backbone
+        if backbone.positions is not None or not model.config.prenorm:
+            raise BackendError("the compiled step knows no positions, and no norms but those before its layers")
         layers = [weights for block in backbone.blocks for weights in _weights(block)]
         _check_plain(backbone.embedding, backbone.norm_f, model.lm_head)
         head = None if model.config.tie_embeddings else _matrix(model.lm_head)
@@ -200,8 +204,7 @@ class _Graph:
         with torch.cuda.stream(side):  # compiles, and lets libraries allocate what they keep
             stepper.step(self._tokens, self._state)
         torch.cuda.current_stream().wait_stream(side)
-        # Other threads may use the GPU meanwhile.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        with captured(self._graph):
             self._logits, after = stepper.step(self._tokens, self._state)
             for kept, new in zip(self._kept, after.tensors(), strict=True):
                 if new.data_ptr() != kept.data_ptr():
@@ -243,6 +246,7 @@ def _weights(block: Block) -> Iterator[MambaStepWeights | MlpStepWeights]:
     mixer = block.mixer
     if not isinstance(mixer, Mamba) or mixer.is_complex:
         raise BackendError(f"the compiled step serves Mamba with a real A, this layer is {mixer}")
+    assert block.norm is not None
     _check_plain(block.norm, mixer.in_proj, mixer.conv1d, mixer.x_proj, mixer.dt_proj, mixer.out_proj)
     inner: dict[str, Any] = {}
     if mixer.selection_norm_eps is not None:
@@ -266,6 +270,8 @@ def _weights(block: Block) -> Iterator[MambaStepWeights | MlpStepWeights]:
         **inner,
     )
     if block.mlp is not None and block.norm2 is not None:
+        if not isinstance(block.mlp, GatedMLP):
+            raise BackendError(f"the compiled step serves gated MLPs, this one is {block.mlp}")
         _check_plain(block.norm2, block.mlp.fc1, block.mlp.fc2)
         up, gate = _halves(_matrix(block.mlp.fc1))
         yield MlpStepWeights(block.norm2.weight, gate, up, _matrix(block.mlp.fc2), eps=block.norm2.eps)

@@ -130,6 +130,10 @@ def write_config(config: LanguageModelConfig, kind: str) -> dict[str, Any]:
         )
     if config.block != "plain":
         raise ConfigError(f"format {kind!r} has no blocks around mixers, this model has {config.block!r}")
+    own = LanguageModelConfig()
+    for field in ("norm", "prenorm", "mlp", "positions"):
+        if (value := getattr(config, field)) != getattr(own, field):
+            raise ConfigError(f"format {kind!r} has {field} {getattr(own, field)!r}, this model {value!r}")
     options = dict(config.options_of(mixer))
     if not isinstance(config.mixer, str):
         config = LanguageModelConfig.from_dict({**config.to_dict(), "mixer": mixer, "mixer_options": options})

@@ -127,6 +127,10 @@ class Generation:
         self._finished: dict[int, ModelState] = {}
         self._items = self._generate()
 
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={getattr(self, name)!r}" for name in ("tokens", "texts", "reasons"))
+        return f"Generation({shown})"
+
     def __iter__(self) -> Iterator[Token]:
         return self._items
 

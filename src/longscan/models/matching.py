@@ -5,11 +5,12 @@ from __future__ import annotations
 import bisect
 import functools
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from longscan.errors import ArgumentError, ConfigError
-from longscan.models.config import LanguageModelConfig
+from longscan.models.config import TRANSFORMER, LanguageModelConfig
 from longscan.models.language_model import LanguageModel
 from longscan.models.options import mixer_option_names
 
@@ -17,8 +18,18 @@ from longscan.models.options import mixer_option_names
 _SEARCHED = 256
 
 
+#: Whole architectures that can be named in a mixer's place -> their fields, and the width of their MLPs over d_model.
+ARCHITECTURES: dict[str, tuple[dict[str, Any], float]] = {
+    "transformer": (TRANSFORMER, 4),
+    "transformer++": ({"mixer": "attention"}, 8 / 3),
+}
+
+
 def contestant(name: str, shape: LanguageModelConfig) -> LanguageModelConfig:
     """The shape with another mixer: "mamba", or "h3/s4d" for one inside a block shape.
+
+    "transformer" and "transformer++" are attention in the architectures of these names, whose MLPs are as wide as is
+    usual where the shape has none.
 
     Inside a block, a mixer that has a form without projections of its own (the option ``bare``) takes it: the block has
     them.
@@ -26,6 +37,10 @@ def contestant(name: str, shape: LanguageModelConfig) -> LanguageModelConfig:
     Raises:
         ArgumentError: there is no such mixer or block.
     """
+    if name in ARCHITECTURES:
+        fields, ratio = ARCHITECTURES[name]
+        usual = {"mixer_options": {}, "d_intermediate": shape.d_intermediate or round(ratio * shape.d_model)}
+        return replace(shape, block="plain", block_options={}, **{**usual, **fields})
     block, _, mixer = name.rpartition("/")
     try:
         config = replace(shape, mixer=mixer, mixer_options={}, block=block or "plain", block_options={})

@@ -61,6 +61,12 @@ class Config:
             if not isinstance(value, int) or isinstance(value, bool) or value < bound:
                 raise ConfigError(f"{name} must be an integer of at least {bound}, got {value!r}")
 
+    def check_names(self, allowed: Mapping[str, Iterable[str]]) -> None:
+        """Raise ConfigError unless each of these fields is one of its names."""
+        for field, names in allowed.items():
+            if (value := getattr(self, field)) not in tuple(names):
+                raise ConfigError(f"{field} must be one of {', '.join(names)}; got {value!r}")
+
 
 class MixerChoice:
     """Mixers that layers cycle over, and the block shape around them: the fields below, of a frozen dataclass."""
@@ -164,6 +170,15 @@ class MixerChoice:
         except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError) as error:
             # Options come from files: any value of JSON can be among them.
             raise ConfigError(f"options of mixer {name!r} in block {self.block!r} cannot be used: {error}") from error
+
+
+def check_positions(positions: str, max_positions: int) -> None:
+    """Raise ConfigError unless learned positions, and only those, have a longest sequence."""
+    if (positions == "learned") != (max_positions > 0):
+        raise ConfigError(
+            "max_positions must be the longest sequence's tokens with learned positions, and 0 with others; got "
+            f"{max_positions} with positions {positions!r}"
+        )
 
 
 def mixer_option_names(mixer: str) -> list[str]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from longscan.models.options import MixerChoice
 from longscan.nn.mixer import SequenceMixer
-from longscan.nn.mlp import GatedMLP
+from longscan.nn.mlp import make_mlp
 from longscan.nn.norms import RMSNorm
 from longscan.nn.sequence_parallel import whole_sequences_only
 from longscan.nn.state import ModelState, State
@@ -88,13 +88,14 @@ class Residual(nn.Module):
 
 
 class Stack(nn.Module):
-    """Layers of mixers, each followed by a gated MLP if one is wanted.
+    """Layers of mixers, each followed by an MLP if one is wanted.
 
     Args:
         config: which mixers.
         d_model: width.
         n_layer: number of mixers.
         d_intermediate: width of the MLPs; 0 means none.
+        mlp: their kind, one of :data:`longscan.nn.mlp.MLPS`.
         norm, prenorm, dropout: of every branch, see :class:`Residual`.
     """
 
@@ -105,6 +106,7 @@ class Stack(nn.Module):
         n_layer: int,
         *,
         d_intermediate: int = 0,
+        mlp: str = "gated",
         norm: str = "layer",
         prenorm: bool = True,
         dropout: float = 0.0,
@@ -116,7 +118,7 @@ class Stack(nn.Module):
         for layer in range(n_layer):
             branches: list[nn.Module] = [config.build_mixer(layer, d_model, device=device, dtype=dtype)]
             if d_intermediate:
-                branches.append(GatedMLP(d_model, d_intermediate, device=device, dtype=dtype))
+                branches.append(make_mlp(mlp, d_model, d_intermediate, device=device, dtype=dtype))
             self.layers.extend(
                 Residual(branch, d_model, norm=norm, prenorm=prenorm, dropout=dropout, device=device, dtype=dtype)
                 for branch in branches

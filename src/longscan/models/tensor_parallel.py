@@ -1,4 +1,4 @@
-"""A language model's layers by channel over processes (tensor parallelism), for Mamba, attention and gated MLPs."""
+"""A language model's layers by channel over processes (tensor parallelism), for Mamba, attention and MLPs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from longscan.errors import ArgumentError
 from longscan.mixers import Attention, Mamba
 from longscan.models.language_model import LanguageModel
-from longscan.nn.mlp import GatedMLP
+from longscan.nn.mlp import MLP, GatedMLP
 from longscan.nn.tensor_parallel import ChannelPlan, fill_from_undivided, split_channels, undivided
 
 
@@ -34,13 +34,23 @@ def _attention(mixer: Attention) -> ChannelPlan:
     )
 
 
-def _mlp(mlp: GatedMLP) -> ChannelPlan:
+def _gated_mlp(mlp: GatedMLP) -> ChannelPlan:
     rows = (mlp.fc2.in_features,) * 2
     return ChannelPlan(rows={"fc1.weight": rows}, sums=("fc2",))
 
 
+def _mlp(mlp: MLP) -> ChannelPlan:
+    rows = (mlp.fc2.in_features,)
+    return ChannelPlan(rows={"fc1.weight": rows, "fc1.bias": rows}, sums=("fc2",))
+
+
 #: Layer -> how its channels are split.
-PLANS: dict[type[nn.Module], Callable[..., ChannelPlan]] = {Mamba: _mamba, Attention: _attention, GatedMLP: _mlp}
+PLANS: dict[type[nn.Module], Callable[..., ChannelPlan]] = {
+    Mamba: _mamba,
+    Attention: _attention,
+    GatedMLP: _gated_mlp,
+    MLP: _mlp,
+}
 
 
 def tensor_parallel(model: LanguageModel, mesh: DeviceMesh) -> None:

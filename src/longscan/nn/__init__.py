@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from longscan.nn.mixer import SequenceMixer
-from longscan.nn.mlp import GatedMLP
-from longscan.nn.norms import AddRMSNorm, RMSNorm
+from longscan.nn.mlp import MLP, GatedMLP
+from longscan.nn.norms import AddLayerNorm, AddRMSNorm, RMSNorm
 from longscan.nn.rotary import rotate
 from longscan.nn.state import ModelState, State
 
-__all__ = ["AddRMSNorm", "GatedMLP", "ModelState", "RMSNorm", "SequenceMixer", "State", "rotate"]
+__all__ = ["MLP", "AddLayerNorm", "AddRMSNorm", "GatedMLP", "ModelState", "RMSNorm", "SequenceMixer", "State", "rotate"]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longscan.ops import backends
-from longscan.ops.checks import ACCUMULATION, activation_dtype, check_shape, prepare_cu_seqlens
+from longscan.ops.checks import ACCUMULATION, activation_dtype, check_shape, prepare_cu_seqlens, refuse_tangents
 
 
 def mamba_inner(
@@ -53,8 +53,9 @@ def mamba_inner(
         gradients, once.
 
     Raises:
-        ArgumentError: a state of another shape, offsets that are none.
+        ArgumentError: a state of another shape, offsets that are none, a tangent of forward-mode differentiation.
     """
+    refuse_tangents(x=x, conv_state=conv_state, ssm_state=ssm_state, A=A, x_proj=x_proj, in_proj=in_proj[0])
     dtype, backend, sequences = activation_dtype(x), backends.requested(None), x.shape[0]
     if cu_seqlens is not None:
         cu_seqlens = prepare_cu_seqlens(cu_seqlens, x.shape[0], x.device)

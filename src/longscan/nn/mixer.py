@@ -128,6 +128,8 @@ class SequenceMixer(nn.Module, abc.ABC):
         if x.shape[0] < 1 or x.shape[1] < 1:
             raise ArgumentError(f"x is empty: got shape {tuple(x.shape)}, batch and length must be at least 1")
         weight = next(self.parameters())
+        if x.device.type == "meta":
+            raise ArgumentError("x is on meta, where nothing is computed; shapes alone: FakeTensorMode of PyTorch")
         if x.device != weight.device:
             raise ArgumentError(f"x is on {x.device} and the {name} on {weight.device}; move one with .to(device)")
         # While torch.export traces, stand-ins of the parameters carry no marks, and so do not say their dtype's role.
@@ -140,6 +142,8 @@ class SequenceMixer(nn.Module, abc.ABC):
             )
         sequences = x.shape[0]
         if cu_seqlens is not None:
+            if not isinstance(cu_seqlens, Tensor):
+                raise ArgumentError(f"cu_seqlens must be a tensor of offsets, got a {type(cu_seqlens).__name__}")
             if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
                 raise ArgumentError(
                     "cu_seqlens must be (sequences + 1,) offsets, int32 or int64, of at least one sequence; got "

@@ -1,8 +1,9 @@
-"""Root-mean-square normalisation, alone or fused with the addition to a residual stream."""
+"""Norms, alone or with the addition to a residual stream: of the root mean square, which is fused, and layer norms."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longscan.ops.add_rms_norm import add_rms_norm
@@ -44,3 +45,20 @@ class AddRMSNorm(RMSNorm):
         A residual of None is one of zeros: the stream begins with x.
         """
         return add_rms_norm(x, self.weight, residual, eps=self.eps, residual_dtype=residual_dtype)
+
+
+class AddLayerNorm(nn.LayerNorm):
+    """The sum of a branch and a residual stream, and its layer norm (Ba, Kiros and Hinton 2016), in float32."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, residual: Tensor | None = None, residual_dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`AddRMSNorm.forward`."""
+        total = (x if residual is None else x + residual).to(residual_dtype)
+        wide = torch.promote_types(total.dtype, torch.float32)
+        normed = F.layer_norm(total.to(wide), self.normalized_shape, self.weight.to(wide), self.bias.to(wide), self.eps)
+        return normed.to(x.dtype), total
+
+
+#: Name in configurations -> the sum of a branch and a residual stream, and its norm.
+ADD_NORMS: dict[str, type[AddRMSNorm] | type[AddLayerNorm]] = {"rms": AddRMSNorm, "layer": AddLayerNorm}

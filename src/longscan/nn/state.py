@@ -35,6 +35,8 @@ class State:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         State._types[cls.__name__] = cls
+        # A dataclass keeps what stands in its class, and would otherwise print every number of its tensors.
+        cls.__repr__ = State.__repr__  # type: ignore[method-assign]
         # Tensors and plain values only: exported programs and checkpoints with states load without unpickling code.
         torch.serialization.add_safe_globals([cls])
         pytree.register_pytree_node(
@@ -46,6 +48,10 @@ class State:
             to_dumpable_context=lambda context: json.dumps(context),
             from_dumpable_context=lambda text: json.loads(text),
         )
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{field.name}={_brief(getattr(self, field.name))}" for field in _fields(self))
+        return f"{type(self).__name__}({fields})"
 
     def map(self: S, function: Callable[[Tensor], Tensor]) -> S:
         """The state with ``function`` applied to every tensor."""
@@ -153,6 +159,16 @@ def _fields(state: State) -> list[dataclasses.Field[Any]]:
     return [field for field in dataclasses.fields(state) if field.init]
 
 
+def _brief(value: Any) -> str:
+    """A tensor as its dtype, shape and, off the CPU, device: printing a state looks at no number of it."""
+    if isinstance(value, Tensor):
+        place = "" if value.device.type == "cpu" else f", {value.device}"
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}{place}"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_brief, value))}{',' * (len(value) == 1)})"
+    return repr(value)
+
+
 def _first_tensor(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value
@@ -234,6 +250,8 @@ def _rebuild(description: Any, tensors: dict[str, Tensor]) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class ModelState(State):
-    """The states of a model's layers, with the same methods."""
+    """The states of a model's layers, with the same methods; ``positions`` (batch,) int64 are the tokens so far, of a
+    model with absolute positions."""
 
     layers: tuple[State | None, ...]
+    positions: Tensor | None = None

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from longscan.errors import ArgumentError, LongscanError
 
@@ -43,11 +44,28 @@ def check_number(name: str, tensor: Tensor) -> None:
         raise ArgumentError(f"{name}: got {tensor.dtype}, allowed are {allowed}")
 
 
-def check_device(device: torch.device, **tensors: Tensor | None) -> None:
-    """Raises `ArgumentError` naming the first tensor that is not on `device`."""
+def check_tensors(**tensors: Tensor | None) -> None:
+    """Raises `ArgumentError` naming the first tensor that is not on the device of the first one, or has a tangent."""
+    device = next(tensor.device for tensor in tensors.values() if tensor is not None)
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != device:
             raise ArgumentError(f"{name}: is on {tensor.device}, expected {device} like the first argument")
+    refuse_tangents(**tensors)
+
+
+def refuse_tangents(**tensors: Tensor | None) -> None:
+    """Raises `ArgumentError` naming the first tensor that forward-mode differentiation is under way for.
+
+    PyTorch's custom operators have none: they would drop the tangent, and give a wrong derivative without a word.
+    """
+    if forward_ad._current_level < 0:
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise ArgumentError(
+                f"{name}: has a tangent, and the operators have no forward-mode derivative (jvp, jacfwd); use "
+                "torch.autograd.grad, or differentiate an operator's definition, reference.forward"
+            )
 
 
 def prepare_cu_seqlens(cu_seqlens: Tensor, batch: int, device: torch.device) -> Tensor:

@@ -172,13 +172,19 @@ DEVICE Sequence sequence_bounds(const i64* offsets, i64 sequence, i64 length) {
     return out;
 }
 
-// The sequence that owns a piece of `size` steps: the last one whose first piece does not come after it.
+// The number of a sequence's first piece of `size` steps. Packed sequences have room for one piece more than they may need, since
+// only the kernels know where they begin; rows of one length do not: pieces with nothing in them would leave the multiprocessors
+// that they fall to idle.
+DEVICE i64 first_piece(const i64* offsets, i64 sequence, i64 length, i64 size) {
+    return PACKED ? offsets[sequence] / size + sequence : sequence * max((length + size - 1) / size, (i64)1);
+}
+
+// The sequence that owns a piece: the last one whose first piece does not come after it.
 DEVICE i64 sequence_of_piece(i64 piece, const i64* offsets, i64 sequences, i64 length, i64 size) {
     i64 low = 0, high = sequences - 1;
     while (low < high) {
         i64 middle = (low + high + 1) / 2;
-        i64 begin = PACKED ? offsets[middle] : middle * length;
-        if (begin / size + middle <= piece)
+        if (first_piece(offsets, middle, length, size) <= piece)
             low = middle;
         else
             high = middle - 1;

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from longscan.errors import ArgumentError
-from longscan.ops.checks import check_device, check_floating, check_shape
+from longscan.ops.checks import check_floating, check_shape, check_tensors
 
 #: Columns that share a scale: a scale is 3% of the bytes it scales.
 GROUP = 128
@@ -44,7 +44,7 @@ class Int8Matrix:
         if scales.dtype != torch.float32:
             raise ArgumentError(f"scales: got {scales.dtype}, expected float32")
         check_shape("scales", scales, (values.shape[0], groups(values.shape[1])), f"(rows, ceil(columns / {GROUP}))")
-        check_device(values.device, scales=scales)
+        check_tensors(values=values, scales=scales)
 
     @property
     def shape(self) -> torch.Size:

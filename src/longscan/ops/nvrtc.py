@@ -34,6 +34,18 @@ def rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
+def pieces(rows: int, length: int, packed: int | None, size: int) -> int:
+    """How many pieces of `size` steps the kernels cut sequences into (first_piece in cuda_common.cuh), at most.
+
+    Args:
+        rows, length: of the tensors.
+        packed: sequences in the one row, whose lengths are not known here; None: every row is a sequence.
+    """
+    if packed is None:
+        return rows * max(1, -(-length // size))
+    return length // size + packed
+
+
 def addresses(*tensors: Tensor | None) -> tuple[int, ...]:
     """Where tensors lie, as kernels take them; 0 for None."""
     return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from longscan.nn.capture import captured
 from longscan.nn.state import ModelState
 
 #: Tokens, targets and the state before to the loss whose gradient is taken, and the state after.
@@ -51,8 +52,7 @@ class CapturedPass:
         torch.cuda.current_stream().wait_stream(side)
         self._forget()
         self._graph = torch.cuda.CUDAGraph()
-        # Other threads (data, checkpoints) may use the GPU meanwhile.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        with captured(self._graph):
             value, after = loss(self._tokens, self._targets, self._state)
             value.backward()
             self._loss = value.detach()

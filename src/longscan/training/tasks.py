@@ -21,6 +21,7 @@ from torch import Tensor
 from longscan.errors import CheckpointError, ConfigError, TrainingError
 from longscan.models import Classifier, ClassifierConfig, LanguageModel, LanguageModelConfig, Sashimi, SashimiConfig
 from longscan.models.matching import match
+from longscan.nn.capture import captured
 from longscan.nn.mixer import SequenceMixer
 from longscan.nn.storage import load_tensors, save_tensors
 from longscan.tasks.task import Recipe, Task
@@ -282,7 +283,7 @@ class TaskTrainer:
         graph.register_generator_state(self._generator)
         self._optimizer.zero_grad(set_to_none=True)
         try:
-            with torch.cuda.graph(graph):
+            with captured(graph):
                 self._step()
         except RuntimeError as error:
             logger.warning("the step cannot be captured as a CUDA graph, it runs without: %s", error)

@@ -172,7 +172,6 @@ def test_whole_is_cut_anywhere_with_any_padding(data: st.DataObject) -> None:
     theirs = hf.LongscanForCausalLM.from_longscan(make(kind).eval())
     cuts = data.draw(st.lists(st.integers(1, 6), max_size=3).map(lambda places: sorted({0, 7, *places})))
     mask = torch.tensor(data.draw(st.lists(st.lists(st.booleans(), min_size=7, max_size=7), min_size=2, max_size=2)))
-    # Each piece needs a token in one of the rows.
     mask[0] = True
     expected = theirs(TOKENS[:1]).logits[0]
     own = TOKENS[1][mask[1]]
@@ -189,6 +188,17 @@ def test_whole_is_cut_anywhere_with_any_padding(data: st.DataObject) -> None:
             torch.testing.assert_close(output.logits[1, -1], second[seen + count - 1], **EXACT)
             seen += count
     assert cache.get_seq_length() == 7
+
+
+@torch.no_grad()
+def test_a_chunk_that_is_all_padding_changes_nothing() -> None:
+    theirs = hf.LongscanForCausalLM.from_longscan(make("mixed").eval())
+    whole, nothing = theirs(TOKENS).logits, torch.zeros(2, 3, dtype=torch.int64)
+    cache = theirs(TOKENS[:, :3], attention_mask=nothing).past_key_values
+    cache = theirs(TOKENS[:, :4], past_key_values=cache).past_key_values
+    output = theirs(TOKENS[:, :3], attention_mask=nothing, past_key_values=cache, output_hidden_states=True)
+    assert [stream.shape for stream in output.hidden_states] == [(2, 3, theirs.config.d_model)] * 4
+    torch.testing.assert_close(theirs(TOKENS[:, 4:], past_key_values=cache).logits, whole[:, 4:], **EXACT)
 
 
 @torch.no_grad()

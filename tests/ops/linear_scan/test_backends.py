@@ -50,7 +50,7 @@ def test_triton_in_its_interpreter(case: LinearCase, cut: bool, monkeypatch: pyt
 
     # The interpreter walks a tile number by number: few of them.
     case = replace(case, batch=1, length=11, channels=2, lengths=case.lengths and (3, 0, 9))
-    monkeypatch.setattr(triton, "_TILE", 2)
+    monkeypatch.setattr(triton, "_TILE", 4 if case.complex else 2)
     if cut:
         monkeypatch.setattr(triton, "piece_length", lambda *_: 4)
     inputs = make_inputs(case)

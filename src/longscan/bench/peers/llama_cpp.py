@@ -117,6 +117,7 @@ def write_gguf(model: LanguageModel, path: Path, int8: bool = False) -> None:
         own = layer.mixer
         assert isinstance(own, Mamba)
         assert own.conv1d.bias is not None
+        assert layer.norm is not None
         add(f"blk.{i}.attn_norm.weight", layer.norm.weight.float())
         add(f"blk.{i}.ssm_in.weight", own.in_proj.weight)
         add(f"blk.{i}.ssm_conv1d.weight", own.conv1d.weight.squeeze(1).float())

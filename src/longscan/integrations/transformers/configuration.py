@@ -42,6 +42,11 @@ class LongscanConfig(PreTrainedConfig):
     pad_vocab_size_multiple: int = 8
     block: str = "plain"
     block_options: Any = None
+    norm: str = "rms"
+    prenorm: bool = True
+    mlp: str = "gated"
+    positions: str = "none"
+    max_positions: int = 0
     use_cache: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -43,6 +43,9 @@ def make_forward(shape: Shape, original: Callable[..., Tensor]) -> Callable[...,
         packing = packing_of(mask, hidden_states.shape[1])
         if packing is None:
             return _mix(shape, self, hidden_states, cache, None)
+        if packing.empty:
+            # Zeros that depend on the weights: in training a gradient that is zero is not one that is missing.
+            return packing.hold(_mix(shape, self, hidden_states, None, None))
         return packing.unpack(_mix(shape, self, packing.pack(hidden_states), cache, packing))
 
     return forward

@@ -250,6 +250,11 @@ class LongscanForCausalLM(PreTrainedModel, GenerationMixin):
             options["call"] = self._call_twice
         if packing is None:
             hidden, after = self.backbone.mix(x, state, **options)
+        elif packing.empty:
+            # Zeros that depend on the weights: in training a gradient that is zero is not one that is missing.
+            hidden, after = packing.hold(self.backbone.mix(x, None, **options)[0]), state
+            if streams is not None:
+                streams[:] = map(packing.hold, streams)
         else:
             hidden, after = self.backbone.mix(packing.pack(x), state, cu_seqlens=packing.cu_seqlens, **options)
             hidden = packing.hold(packing.unpack(hidden))

@@ -23,20 +23,27 @@ from longscan.integrations.transformers.watch import Steps
 def make_model_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     """The ``forward`` of a model without a head whose own is ``original``.
 
-    With a cache, padding on the right gives what the last token before it gave, so that ``logits[:, -1]``, from which
-    generation goes on, is every row's own.
+    With a cache, padding at the end of a row gives what the last token before it gave, so that ``logits[:, -1]``, from
+    which generation goes on, is every row's own. Rows that end with a token stay as they are, whatever others do.
     """
     signature = inspect.signature(original)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = original(self, *args, **kwargs)
-        hidden = getattr(output, "last_hidden_state", None)
-        if hidden is None or hidden.shape[1] == 1 or cache_of(output) is None:
+        hidden = output[0]
+        if hidden.shape[1] == 1 or not _has_cache(output):
             return output
         mask = signature.bind(self, *args, **kwargs).arguments.get("attention_mask")
+        if isinstance(mask, dict):
+            # What `generate` makes for a static cache: one for attention, and one for recurrences.
+            mask = mask.get("linear_attention")
         packing = packing_of(mask, hidden.shape[1]) if isinstance(mask, Tensor) else None
-        if packing is not None and not bool(packing.mask[:, -1].all()):
-            output.last_hidden_state = packing.hold(hidden)
+        if packing is None:
+            return output
+        hidden = torch.where(packing.mask[:, -1:, None], hidden, packing.hold(hidden))
+        if isinstance(output, tuple):
+            return (hidden, *output[1:])
+        output.last_hidden_state = hidden
         return output
 
     return forward
@@ -60,6 +67,14 @@ def make_language_model_forward(output: str, original: Callable[..., Any]) -> Ca
         return original(self, input_ids, *args, **kwargs)
 
     return forward
+
+
+def _has_cache(output: Any) -> bool:
+    if not isinstance(output, tuple):
+        return cache_of(output) is not None
+    from transformers.cache_utils import Cache
+
+    return any(isinstance(item, Cache) for item in output)
 
 
 # Arguments that a compiled step need not look at: they say nothing about one token with a cache.

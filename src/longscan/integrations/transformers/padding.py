@@ -21,13 +21,18 @@ class Packing:
 
     Attributes:
         mask: (batch, length) bool, which of them count.
-        places: (tokens,) where they are in (batch * length).
+        places: (tokens,) where they are in (batch * length); none, if all of the batch is padding.
         cu_seqlens: (batch + 1,) where each row begins and ends among them.
     """
 
     mask: Tensor
     places: Tensor
     cu_seqlens: Tensor
+
+    @property
+    def empty(self) -> bool:
+        """Whether no token counts, so that there is nothing to compute: a chunk of a long prompt can be all padding."""
+        return self.places.numel() == 0
 
     def pack(self, x: Tensor) -> Tensor:
         """(batch, length, ...) to (1, tokens, ...)."""
@@ -75,7 +80,7 @@ def packing_of(mask: Tensor | None, length: int) -> Packing | None:
         length: of the batch.
 
     Raises:
-        ArgumentError: the mask is shorter than the batch, or no token in it counts.
+        ArgumentError: the mask is shorter than the batch.
     """
     if mask is None or mask.dim() != 2:
         return None
@@ -108,7 +113,5 @@ def _look_at(mask: Tensor, length: int) -> Packing | None:
     if bool(counts.all()):
         return None
     places = counts.flatten().nonzero().squeeze(1)
-    if places.numel() == 0:
-        raise ArgumentError("attention_mask: counts no token of the batch; expected at least one that is not zero")
     ends = counts.sum(1).cumsum(0)
     return Packing(counts, places, torch.nn.functional.pad(ends, (1, 0)))

@@ -8,7 +8,7 @@ from torch import Tensor
 from longscan.errors import ArgumentError
 from longscan.ops import backends
 from longscan.ops.add_rms_norm import library
-from longscan.ops.checks import ACCUMULATION, activation_dtype, check_device, check_floating, check_shape
+from longscan.ops.checks import ACCUMULATION, activation_dtype, check_floating, check_shape, check_tensors
 
 __all__ = ["add_rms_norm"]
 
@@ -59,7 +59,7 @@ def add_rms_norm(
     if residual is not None:
         check_floating("residual", residual)
         check_shape("residual", residual, tuple(x.shape), "(..., channels) like x")
-    check_device(x.device, weight=weight, residual=residual)
+    check_tensors(x=x, weight=weight, residual=residual)
     if not eps >= 0:
         raise ArgumentError(f"eps: got {eps}, expected a number of at least 0")
     if residual_dtype not in ACCUMULATION:

@@ -8,7 +8,7 @@ from torch import Tensor
 from longscan.errors import ArgumentError
 from longscan.ops import backends
 from longscan.ops.cauchy import library
-from longscan.ops.checks import check_device, check_shape
+from longscan.ops.checks import check_shape, check_tensors
 
 __all__ = ["cauchy"]
 
@@ -44,7 +44,7 @@ def cauchy(v: Tensor, z: Tensor, w: Tensor, *, backend: str | None = None) -> Te
     if z.dim() != 1 or z.shape[0] < 1:
         raise ArgumentError(f"z: got shape {tuple(z.shape)}, expected (length,), at least 1")
     check_shape("w", w, tuple(v.shape[-2:]), "(channels, N) as v")
-    check_device(v.device, z=z, w=w)
+    check_tensors(v=v, z=z, w=w)
     if z.requires_grad:
         raise ArgumentError("z: asks for a gradient, which this operator does not give; detach it")
     wide = torch.promote_types(torch.promote_types(v.dtype, w.dtype), torch.promote_types(z.dtype, torch.complex64))

@@ -11,9 +11,9 @@ from longscan.ops.causal_conv1d import library
 from longscan.ops.checks import (
     ACCUMULATION,
     activation_dtype,
-    check_device,
     check_floating,
     check_shape,
+    check_tensors,
     prepare_cu_seqlens,
 )
 
@@ -64,7 +64,7 @@ def causal_conv1d(
     batch, _, channels = x.shape
     check_floating("x", x)
     silu = _check_filter(channels, weight, bias, activation)
-    check_device(x.device, weight=weight, bias=bias, initial_state=initial_state)
+    check_tensors(x=x, weight=weight, bias=bias, initial_state=initial_state)
     sequences = batch
     if cu_seqlens is not None:
         cu_seqlens = prepare_cu_seqlens(cu_seqlens, batch, x.device)
@@ -122,7 +122,7 @@ def causal_conv1d_update(
     silu = _check_filter(channels, weight, bias, activation)
     check_floating("state", state)
     check_shape("state", state, (batch, weight.shape[1] - 1, channels), "(batch, width - 1, channels)")
-    check_device(x.device, state=state, weight=weight, bias=bias)
+    check_tensors(x=x, state=state, weight=weight, bias=bias)
     tensors = (state, x, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         if inplace:

@@ -46,7 +46,7 @@ DEVICE Place locate(const i64* offsets, i64 sequences, i64 length, i64 channels)
     p.sequence = sequence_of_piece(p.piece, offsets, sequences, length, PIECE);
     const Sequence bounds = sequence_bounds(offsets, p.sequence, length);
     p.first = bounds.first, p.count = bounds.count;
-    p.start = (p.piece - bounds.begin / PIECE - p.sequence) * PIECE;
+    p.start = (p.piece - first_piece(offsets, p.sequence, length, PIECE)) * PIECE;
     return p;
 }
 

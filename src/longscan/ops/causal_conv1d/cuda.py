@@ -54,9 +54,9 @@ def _kernel(
     return nvrtc.kernel(_SOURCE, name, nvrtc.macros(options), device)
 
 
-def _grid(x: Tensor, sequences: int, pair: bool) -> tuple[int, int]:
-    """Pieces, an upper bound, and blocks."""
-    pieces = x.shape[0] * x.shape[1] // _PIECE + sequences
+def _grid(x: Tensor, packed: int | None, pair: bool) -> tuple[int, int]:
+    """Pieces, at most, and blocks."""
+    pieces = nvrtc.pieces(x.shape[0], x.shape[1], packed, _PIECE)
     threads = x.shape[2] // 2 if pair else x.shape[2]
     return pieces, pieces * -(-threads // _THREADS)
 
@@ -80,7 +80,7 @@ def forward(
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         final = torch.empty((sequences, weight.shape[1] - 1, channels), dtype=x.dtype, device=x.device)
         pair = _in_pairs(x, state, y, final)
-        _, blocks = _grid(x, sequences, pair)
+        _, blocks = _grid(x, None if offsets is None else sequences, pair)
         strides = (*x.stride()[:2], *((0, 0) if state is None else state.stride()[:2]))
         run = _kernel("conv_forward", x.dtype, offsets is not None, weight.shape[1], silu, pair, x.device.index or 0)
         tensors = addresses(x, weight, bias, state, y, final, offsets)
@@ -110,7 +110,7 @@ def backward(
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         dstate = None if state is None else torch.empty(state.shape, dtype=state.dtype, device=x.device)
         pair = _in_pairs(dy, x, dfinal, state, dx, dstate)
-        pieces, blocks = _grid(x, sequences, pair)
+        pieces, blocks = _grid(x, None if offsets is None else sequences, pair)
         width = weight.shape[1]
         dweight = torch.empty((pieces, width, channels), dtype=torch.float32, device=x.device)
         dbias = torch.empty((pieces, channels), dtype=torch.float32, device=x.device)

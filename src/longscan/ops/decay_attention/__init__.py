@@ -11,9 +11,9 @@ from longscan.ops import backends
 from longscan.ops.checks import (
     ACCUMULATION,
     activation_dtype,
-    check_device,
     check_floating,
     check_shape,
+    check_tensors,
     prepare_cu_seqlens,
 )
 from longscan.ops.decay_attention import library
@@ -85,7 +85,7 @@ def decay_attention(
             check_shape("log_decay", log_decay, (heads,), "(heads,)")
         else:
             check_shape("log_decay", log_decay, (batch, length, heads), "(batch, length, heads), or (heads,)")
-    check_device(q.device, k=k, v=v, log_decay=log_decay, initial_state=initial_state)
+    check_tensors(q=q, k=k, v=v, log_decay=log_decay, initial_state=initial_state)
     sequences = batch
     if cu_seqlens is not None:
         cu_seqlens = prepare_cu_seqlens(cu_seqlens, batch, q.device)
@@ -143,7 +143,7 @@ def decay_attention_update(
         else:
             check_shape("log_decay", log_decay, (batch, heads), "(batch, heads), or (heads,)")
     _check_state("state", state, batch, heads, d_k, v.shape[2], normalise)
-    check_device(q.device, state=state, k=k, v=v, log_decay=log_decay)
+    check_tensors(q=q, state=state, k=k, v=v, log_decay=log_decay)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (state, q, k, v, log_decay)):
         if inplace:
             raise ArgumentError(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from longscan.errors import ArgumentError
 from longscan.ops import backends
-from longscan.ops.checks import activation_dtype, check_device, check_floating, check_shape, values_are_checked
+from longscan.ops.checks import activation_dtype, check_floating, check_shape, check_tensors, values_are_checked
 from longscan.ops.linear_cross_entropy import library
 
 __all__ = ["IGNORED", "linear_cross_entropy"]
@@ -62,7 +62,7 @@ def linear_cross_entropy(
     check_shape("targets", targets, tuple(hidden.shape[:-1]), "hidden's without channels")
     if targets.dtype not in (torch.int64, torch.int32):
         raise ArgumentError(f"targets: got {targets.dtype}, allowed are int64 and int32")
-    check_device(hidden.device, weight=weight, targets=targets)
+    check_tensors(hidden=hidden, weight=weight, targets=targets)
     vocab_size = weight.shape[0] if vocab_size is None else vocab_size
     if not 1 <= vocab_size <= weight.shape[0]:
         raise ArgumentError(f"vocab_size: got {vocab_size}, allowed are 1 to weight's {weight.shape[0]} rows")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from longscan.errors import ArgumentError
 from longscan.ops import backends
-from longscan.ops.checks import activation_dtype, check_device, check_floating, check_shape, prepare_cu_seqlens
+from longscan.ops.checks import activation_dtype, check_floating, check_shape, check_tensors, prepare_cu_seqlens
 from longscan.ops.linear_scan import library
 
 __all__ = ["linear_scan"]
@@ -68,7 +68,7 @@ def linear_scan(
             f"a: got shape {tuple(a.shape)}, expected one that broadcasts to b's {tuple(b.shape)} = "
             "(batch, length, channels)"
         )
-    check_device(b.device, a=a, initial_state=initial_state)
+    check_tensors(b=b, a=a, initial_state=initial_state)
     sequences = batch
     if cu_seqlens is not None:
         cu_seqlens = prepare_cu_seqlens(cu_seqlens, batch, b.device)

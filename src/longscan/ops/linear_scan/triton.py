@@ -15,7 +15,8 @@ from longscan.ops.linear_scan.rows import accumulation, gradient_dtype
 from longscan.ops.linear_scan.triton_kernels import across_kernel, summary_kernel, walk_kernel
 from longscan.ops.triton_utils import multiprocessors, on_its_device, pieces
 
-# Channels of a program, steps it takes at once, and programs per multiprocessor that fill a device.
+# Channels of a program, steps it takes at once (of complex numbers half as many: a tile is what lies in registers), and
+# programs per multiprocessor that fill a device.
 _BLOCK = 32
 _TILE = 64
 _PROGRAMS = 8
@@ -31,9 +32,9 @@ def unsupported(a: Tensor, b: Tensor, *_: Tensor | None) -> str | None:
     return None
 
 
-def _parts(tensor: Tensor) -> Tensor:
-    """Real numbers: a complex tensor's pairs as a last axis of 2."""
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+def _words(tensor: Tensor) -> Tensor:
+    """What the kernels move: a complex number is a word of 64 bits."""
+    return tensor.resolve_conj().view(torch.int64) if tensor.is_complex() else tensor
 
 
 def piece_length(tokens: int, sequences: int, blocks: int, device: torch.device) -> int:
@@ -49,7 +50,7 @@ class _Call:
 
     def __init__(self, a: Tensor, like: Tensor, cu_seqlens: Tensor | None, reverse: bool) -> None:
         batch, length, channels = like.shape
-        self.a, self.packed = _parts(a).expand(*like.shape, *_parts(a).shape[3:]), cu_seqlens is not None
+        self.a, self.packed = _words(a).expand(like.shape), cu_seqlens is not None
         self.offsets = None if cu_seqlens is None else cu_seqlens.contiguous()
         self.sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
         block = min(_BLOCK, triton.next_power_of_2(channels))
@@ -61,7 +62,7 @@ class _Call:
         self.options = {
             "PACKED": self.packed,
             "PAIRS": like.is_complex(),
-            "TILE": min(_TILE, self.size),
+            "TILE": min(_TILE // 2 if like.is_complex() else _TILE, self.size),
             "BLOCK": block,
             "num_warps": 4,
         }
@@ -81,12 +82,11 @@ class _Call:
         da: Tensor | None = None,
     ) -> None:
         """Fills `out` and `final`, and backward `da`."""
-        b, state = _parts(b), None if state is None else _parts(state.contiguous())
+        b, state = _words(b), None if state is None else _words(state.contiguous())
         ends = None
         inputs = (*self.strides(self.a), *self.strides(b))
         if self.cut:
-            products, ends = (torch.empty_like(_parts(final[:1]).expand(self.pieces, *_parts(final).shape[1:]),
-                              memory_format=torch.contiguous_format) for _ in range(2))  # fmt: skip
+            products, ends = (_words(final.new_empty((self.pieces, final.shape[1]))) for _ in range(2))
             summary_kernel[(self.pieces * self.blocks,)](
                 self.a, b, products, ends, self.offsets, *inputs, *self.sizes, REVERSE=self.reverse, **self.options
             )
@@ -94,10 +94,10 @@ class _Call:
                 products, ends, state, self.offsets, *self.sizes, HAS_STATE=state is not None, **self.options
             )
         if h is not None:
-            h = _parts(h)
+            h = _words(h)
         walk_kernel[(self.pieces * self.blocks,)](
-            self.a, b, _parts(out), state, ends, _parts(final), h, None if initial is None else
-            _parts(initial.contiguous()), None if da is None else _parts(da), self.offsets, *inputs,
+            self.a, b, _words(out), state, ends, _words(final), h, None if initial is None else
+            _words(initial.contiguous()), None if da is None else _words(da), self.offsets, *inputs,
             *((0, 0, 0) if h is None else self.strides(h)), *self.sizes, REVERSE=self.reverse,
             HAS_STATE=state is not None, HAS_INITIAL=initial is not None, CUT=self.cut, **self.options,
         )  # fmt: skip

@@ -3,7 +3,8 @@
 A program owns a block of channels of one piece and takes it in tiles of steps, each scanned by the associative product
 (a, b) (a', b') = (a' a, a' b + b'). Steps are counted along the walk: forward from a sequence's first, backward
 (REVERSE) from its last. Backward the decay of a step is that of the step after it, conjugated, and of the last step 1.
-With PAIRS a number is complex, two neighbours in memory; without, imaginary parts are numbers that nothing reads.
+With PAIRS a number is complex, moved as one word of 64 bits: halves of their own would be every other float, in which
+no neighbours are seen to share a transaction. Without, imaginary parts are numbers that nothing reads.
 """
 
 # Triton's kernels take pointers and compile-time constants that Python's types do not describe.
@@ -54,18 +55,23 @@ def _row(x, chosen):
 @triton.jit
 def _load(pointer, mask, other, PAIRS: tl.constexpr):
     """Real and imaginary parts; `other` (real) where there is nothing."""
-    real = tl.load(pointer, mask=mask, other=other).to(tl.float32)
     if PAIRS:
-        return real, tl.load(pointer + 1, mask=mask, other=0.0).to(tl.float32)
+        word = tl.load(pointer, mask=mask, other=0)
+        real = word.to(tl.int32).to(tl.float32, bitcast=True)
+        return tl.where(mask, real, other), (word >> 32).to(tl.int32).to(tl.float32, bitcast=True)
     else:
+        real = tl.load(pointer, mask=mask, other=other).to(tl.float32)
         return real, real * 0.0
 
 
 @triton.jit
 def _store(pointer, real, imaginary, mask, PAIRS: tl.constexpr):
-    tl.store(pointer, real.to(pointer.dtype.element_ty), mask=mask)
     if PAIRS:
-        tl.store(pointer + 1, imaginary.to(pointer.dtype.element_ty), mask=mask)
+        low = real.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+        high = imaginary.to(tl.int32, bitcast=True).to(tl.int64) << 32
+        tl.store(pointer, low | high, mask=mask)
+    else:
+        tl.store(pointer, real.to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -120,7 +126,7 @@ def summary_kernel(
         er, ei = _times(ar, ai, er, ei, PAIRS)
         er, ei = er + br, ei + bi
         pr, pi = _times(ar, ai, pr, pi, PAIRS)
-    at = (piece * channels + d) * (2 if PAIRS else 1)
+    at = piece * channels + d
     _store(products + at, pr, pi, live, PAIRS)
     _store(ends + at, er, ei, live, PAIRS)
 
@@ -131,7 +137,6 @@ def across_kernel(
     HAS_STATE: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Replaces the pieces' ends from zero by their ends: a scan over the pieces of each sequence."""
-    WORDS: tl.constexpr = 2 if PAIRS else 1
     blocks = tl.cdiv(channels, BLOCK)
     pid = tl.program_id(0).to(tl.int64)
     sequence = pid // blocks
@@ -142,12 +147,12 @@ def across_kernel(
     number = (count + size - 1) // size
     sr, si = tl.zeros((1, BLOCK), tl.float32), tl.zeros((1, BLOCK), tl.float32)
     if HAS_STATE:
-        sr, si = _load(state + (sequence * channels + d) * WORDS, live, 0.0, PAIRS)
+        sr, si = _load(state + sequence * channels + d, live, 0.0, PAIRS)
     last = tl.arange(0, TILE) == TILE - 1
     for tile in range((number + TILE - 1) // TILE):
         of_sequence = tile * TILE + tl.arange(0, TILE)
         mask = (of_sequence < number)[:, None] & live
-        at = ((piece + of_sequence)[:, None] * channels + d) * WORDS
+        at = (piece + of_sequence)[:, None] * channels + d
         ar, ai = _load(products + at, mask, 1.0, PAIRS)
         br, bi = _load(ends + at, mask, 0.0, PAIRS)
         ar, ai, br, bi = _scanned(ar, ai, br, bi, PAIRS)
@@ -169,23 +174,22 @@ def walk_kernel(
     Backward `out` is the gradient of b, `state` that of the final states and `final` that of the initial ones; the
     gradient of a is taken beside it, from h and the `initial` states. `out` and `da` are contiguous.
     """
-    WORDS: tl.constexpr = 2 if PAIRS else 1
     piece, sequence, first, count, start, d = _locate(offsets, sequences, length, channels, size, PACKED, BLOCK)
     live = d < channels
     a += sequence * a_row + first * a_time + d * a_channel
     b += sequence * b_row + first * b_time + d * b_channel
     # Rows of a packed call all lie in row 0, which `first` counts in.
     token = first if PACKED else sequence * length
-    out += (token * channels + d) * WORDS
-    of_state = (sequence * channels + d) * WORDS
+    out += token * channels + d
+    of_state = sequence * channels + d
     sr, si = tl.zeros((1, BLOCK), tl.float32), tl.zeros((1, BLOCK), tl.float32)
     if HAS_STATE:
         sr, si = _load(state + of_state, live & (start == 0), 0.0, PAIRS)
     if CUT:
-        er, ei = _load(ends + ((piece - 1) * channels + d) * WORDS, live & (start > 0), 0.0, PAIRS)
+        er, ei = _load(ends + (piece - 1) * channels + d, live & (start > 0), 0.0, PAIRS)
         sr, si = sr + er, si + ei
     if REVERSE:
-        da += (token * channels + d) * WORDS
+        da += token * channels + d
         h += sequence * h_row + first * h_time + d * h_channel
     end = tl.minimum(start + size, count)
     last = tl.arange(0, TILE) == TILE - 1
@@ -197,14 +201,14 @@ def walk_kernel(
         xr, xi = xr + br, xi + bi
         mask = (step < end)[:, None] & live
         place = (count - 1 - step) if REVERSE else step
-        _store(out + place[:, None] * (channels * WORDS), xr, xi, mask, PAIRS)
+        _store(out + place[:, None] * channels, xr, xi, mask, PAIRS)
         if REVERSE:
             hr, hi = _load(h + (place - 1)[:, None] * h_time, mask & (place > 0)[:, None], 0.0, PAIRS)
             if HAS_INITIAL:
                 ir, ii = _load(initial + of_state, mask & (place == 0)[:, None], 0.0, PAIRS)
                 hr, hi = hr + ir, hi + ii
             gr, gi = _times(xr, xi, hr, -hi, PAIRS)
-            _store(da + place[:, None] * (channels * WORDS), gr, gi, mask, PAIRS)
+            _store(da + place[:, None] * channels, gr, gi, mask, PAIRS)
         sr, si = _row(xr, last), _row(xi, last)
     # The piece with the last step, or the only one of an empty sequence.
     if (start + size >= count) & ((start < count) | (start == 0)):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from longscan.errors import ArgumentError
 from longscan.ops import backends
-from longscan.ops.checks import ACCUMULATION, check_device, check_floating, check_shape, prepare_cu_seqlens
+from longscan.ops.checks import ACCUMULATION, check_floating, check_shape, check_tensors, prepare_cu_seqlens
 from longscan.ops.long_conv import library
 
 __all__ = ["long_conv"]
@@ -75,7 +75,7 @@ def long_conv(
     if D is not None:
         check_floating("D", D)
         check_shape("D", D, (systems,), "(systems,), as many as there are kernels")
-    check_device(u.device, kernel=kernel, D=D, initial_state=initial_state)
+    check_tensors(u=u, kernel=kernel, D=D, initial_state=initial_state)
     sequences = batch
     if cu_seqlens is not None:
         cu_seqlens = prepare_cu_seqlens(cu_seqlens, batch, u.device)

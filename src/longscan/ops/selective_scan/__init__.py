@@ -10,10 +10,10 @@ from longscan.ops import backends
 from longscan.ops.checks import (
     ACCUMULATION,
     activation_dtype,
-    check_device,
     check_floating,
     check_number,
     check_shape,
+    check_tensors,
     prepare_cu_seqlens,
 )
 from longscan.ops.selective_scan import library
@@ -101,7 +101,7 @@ def selective_scan(
     B = _grouped("B", B, batch, length, channels, state)
     C = _grouped("C", C, batch, length, channels, state)
     _check_parameters(channels, D, dt_bias)
-    check_device(x.device, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, initial_state=initial_state)
+    check_tensors(x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, initial_state=initial_state)
     sequences = batch
     if cu_seqlens is not None:
         cu_seqlens = prepare_cu_seqlens(cu_seqlens, batch, x.device)
@@ -170,7 +170,7 @@ def selective_state_update(
     B = _grouped_step("B", B, batch, channels, A.shape[1])
     C = _grouped_step("C", C, batch, channels, A.shape[1])
     _check_parameters(channels, D, dt_bias)
-    check_device(x.device, state=state, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
+    check_tensors(x=x, state=state, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
 
     tensors = (state, x, dt, A, B, C, D, z, dt_bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):

@@ -169,8 +169,9 @@ class Call:
         return -(-self.channels // self.groups // width)
 
     def pieces(self, size: int) -> int:
-        """Upper bound on the pieces of `size` steps that the sequences are cut into; size 0: they are not cut."""
-        return self.tokens // size + self.sequences if size else self.sequences
+        """Pieces of `size` steps that the sequences are cut into, at most; size 0: they are not cut."""
+        packed = None if self.offsets is None else self.sequences
+        return nvrtc.pieces(self.x.shape[0], self.x.shape[1], packed, size) if size else self.sequences
 
     def sizes(self, blocks: int) -> tuple[int, ...]:
         """What every scanning kernel is told, in its order."""

@@ -118,7 +118,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) scan_backward
     const int width = (int)max((i64)0, min((i64)CHANNELS, per_group - within));
     const i64 sequence = CHUNKED ? sequence_of_piece(piece, offsets, sequences, length, span) : piece;
     const Sequence bounds = sequence_bounds(offsets, sequence, length);
-    const i64 start = CHUNKED ? (piece - bounds.begin / span - sequence) * span : 0;
+    const i64 start = CHUNKED ? (piece - first_piece(offsets, sequence, length, span)) * span : 0;
     const int count = (int)(CHUNKED ? min(bounds.count - start, span) : bounds.count);
     const i64 here = bounds.first + start, row = PACKED ? 0 : sequence;
     const bool live = column < width;

@@ -11,7 +11,7 @@ extern "C" __global__ void __launch_bounds__(128) scan_chain(
     if (index >= sequences * row) return;
     const i64 sequence = index / row, within = index % row, channel = within / states;
     const Sequence bounds = sequence_bounds(offsets, sequence, length);
-    const i64 pieces = (bounds.count + span - 1) / span, first = bounds.begin / span + sequence;
+    const i64 pieces = (bounds.count + span - 1) / span, first = first_piece(offsets, sequence, length, span);
     Pair a = {A[within * PLANES] * LOG2E, COMPLEX ? A[within * PLANES + PLANES - 1] : 0.f};
     if (REVERSE) a.im = -a.im;
     Pair h = {0.f, 0.f};

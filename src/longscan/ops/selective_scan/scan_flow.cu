@@ -52,7 +52,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) scan_flow(
     const int width = (int)min((i64)CHANNELS, per_group - within);
     const i64 sequence = sequence_of_piece(piece, offsets, sequences, length, span);
     const Sequence bounds = sequence_bounds(offsets, sequence, length);
-    const i64 start = (piece - bounds.begin / span - sequence) * span;
+    const i64 start = (piece - first_piece(offsets, sequence, length, span)) * span;
     const int count = (int)min(bounds.count - start, span);
     const i64 here = bounds.first + start, row = PACKED ? 0 : sequence;
     const bool live = column < width;

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from longscan.errors import ArgumentError
 from longscan.ops import backends
-from longscan.ops.checks import REAL, check_device, check_floating, check_shape
+from longscan.ops.checks import REAL, check_floating, check_shape, check_tensors
 from longscan.ops.vandermonde import library
 
 __all__ = ["vandermonde", "vandermonde_transpose"]
@@ -50,7 +50,7 @@ def vandermonde(weights: Tensor, log_A_bar: Tensor, length: int, *, backend: str
     if weights.dim() < 2 or 0 in weights.shape:
         raise ArgumentError(f"weights: got shape {tuple(weights.shape)}, expected (..., channels, N), each at least 1")
     check_shape("log_A_bar", log_A_bar, tuple(weights.shape[-2:]), "(channels, N) as weights")
-    check_device(weights.device, log_A_bar=log_A_bar)
+    check_tensors(weights=weights, log_A_bar=log_A_bar)
     if length < 1:
         raise ArgumentError(f"length: got {length}, must be at least 1")
     wide = torch.promote_types(weights.dtype, log_A_bar.dtype)
@@ -86,7 +86,7 @@ def vandermonde_transpose(values: Tensor, log_A_bar: Tensor, *, backend: str | N
             f"values: got shape {tuple(values.shape)}, expected (..., channels, length), each at least 1"
         )
     check_shape("log_A_bar", log_A_bar, (values.shape[-2], log_A_bar.shape[1]), "(channels, N), channels as values")
-    check_device(values.device, log_A_bar=log_A_bar)
+    check_tensors(values=values, log_A_bar=log_A_bar)
     wide = torch.promote_types(torch.promote_types(values.dtype, log_A_bar.dtype), torch.complex64)
     rows = values.reshape(-1, *values.shape[-2:]).to(REAL[wide])
     sums = library.vandermonde_transpose(rows, log_A_bar.to(wide), backends.requested(backend))
