@@ -31,6 +31,9 @@ CASES = ((2, [0, 2, 2, 8, 13, 17]), (3, None), (4, [0, 1, 17]))
 # One variant of each mixer.
 MIXERS = {mixer: name for name, (mixer, options) in VARIANTS.items() if name in DIVIDED and "block" not in options}
 
+# Of these every operator of nn/recurrences.py.
+ROUNDED = ("mamba", "mamba2", "s5", "linear-attention", "retnet")
+
 
 def worker(groups: Groups) -> list[str]:
     found = []
@@ -38,6 +41,7 @@ def worker(groups: Groups) -> list[str]:
         if size in groups:
             found += [line for variant in DIVIDED for line in compare(variant, size, groups[size], offsets)]
     found += [line for variant in MIXERS.values() for line in traffic(variant, groups[4])] if 4 in groups else []
+    found += [line for variant in ROUNDED for line in rounded(variant, groups[2])] if 2 in groups else []
     if 3 in groups:
         for fields in (
             {"mixer": "mamba"},
@@ -72,6 +76,25 @@ def compare(variant: str, size: int, group: Group, offsets: list[int] | None) ->
         for name, mine, theirs in pairs
         if not torch.allclose(mine, theirs, rtol=1e-10, atol=1e-10)
     ]
+
+
+def rounded(variant: str, group: Group) -> list[str]:
+    """Under autocast, as close to one process as bfloat16 is."""
+    mixer, generator = make(variant).float(), torch.Generator().manual_seed(0)
+    x = torch.randn(1, 16, D_MODEL, generator=generator).requires_grad_()
+    sources = [x, *mixer.parameters()]
+    with torch.autocast("cpu", torch.bfloat16):
+        whole, _ = mixer(x)
+    expected = torch.autograd.grad(whole.float().square().sum(), sources)
+    with sequence_parallel(group, length=16) as part:
+        with torch.autocast("cpu", torch.bfloat16):
+            y, _ = mixer(part.take(x))
+        gradients = [gradient.clone() for gradient in torch.autograd.grad(y.float().square().sum(), sources)]
+    for gradient in gradients:
+        dist.all_reduce(gradient, group=group)
+    pairs = zip([y, *gradients], [part.take(whole), *expected], strict=True)
+    far = [number for number, (mine, theirs) in enumerate(pairs) if (mine - theirs).norm() > 0.03 * theirs.norm()]
+    return [f"{variant}, {part.rank}: differs under autocast in {far}"] if far else []
 
 
 def traffic(variant: str, group: Group) -> list[str]:

@@ -54,8 +54,8 @@ def measure(shape: tuple[int, ...], names: tuple[str, ...], settings: Settings) 
             note = f"{most['messages']} messages; kept a token {kept:,.0f} bytes, whole {whole:,.0f}"
             if processes == 1:
                 note += f"; {own[0]['times']:.2f} of the time"
-        series = f"{processes} processes, width {shape[2]}"
-        rows.append(Row(describe(shape, "float32"), name, "peer", None, value, note=note, series=series, place=length))
+        series, place = f"{processes} processes, width {shape[2]}", length if processes > 1 else None
+        rows.append(Row(describe(shape, "float32"), name, "peer", None, value, note=note, series=series, place=place))
     return rows
 
 
