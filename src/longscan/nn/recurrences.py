@@ -65,16 +65,14 @@ def selective_scan(
     **options: Any,
 ) -> Any:
     """:func:`longscan.ops.selective_scan`; what crosses is the state and exp(A sum dt), (batch, channels, N) each."""
-    scan: dict[str, Any] = {"dt_softplus": dt_softplus, "return_final_state": return_final_state}
+    scan: dict[str, Any] = {"dt_softplus": dt_softplus, "cu_seqlens": cu_seqlens}
     part = current_part()
     if part is None:
-        return ops.selective_scan(
-            x, dt, A, B, C, D, z, dt_bias, initial_state, **scan, cu_seqlens=cu_seqlens, **options
-        )
+        options["return_final_state"] = return_final_state
+        return ops.selective_scan(x, dt, A, B, C, D, z, dt_bias, initial_state, **scan, **options)
     _check_fresh(initial_state)
     segments = part.segments(x, cu_seqlens)
-    scan["cu_seqlens"] = segments.cu_seqlens
-    scan["return_final_state"] = True
+    scan |= {"cu_seqlens": segments.cu_seqlens, "return_final_state": True}
     with torch.no_grad():
         _, last = ops.selective_scan(x, dt, A, B, C, None, None, dt_bias, None, **scan)
         total = _steps(dt, dt_bias, dt_softplus).sum(1)
@@ -202,9 +200,8 @@ def decay_attention(
         return decay, _outer_sum(q[:, own], dy[:, own], until) + decay * dlast[: len(q)]
 
     options |= {"cu_seqlens": segments.cu_seqlens, "return_final_state": True}
-    y, last = met(
-        part, segments, enter, *ops.decay_attention(q, k, values, log_decay, entering, **options), (q, log_decay)
-    )
+    y, last = ops.decay_attention(q, k, values, log_decay, entering, **options)
+    y, last = met(part, segments, enter, y, last, (q, log_decay))
     y = y[..., :-1] / (y[..., -1:] + eps) if normalise else y
     return (y, last) if return_final_state else y
 
