@@ -217,6 +217,12 @@ def test_commands_in_documents_exist() -> None:
             assert target in targets, f"{document.relative_to(ROOT)}: make {target}"
 
 
+def test_environment_variables_are_in_the_guide() -> None:
+    read = {name for path in SOURCE.rglob("*.py") for name in re.findall(r"LONGSCAN_[A-Z_]+", path.read_text())}
+    guide = (ROOT / "docs" / "guide.md").read_text()
+    assert {name for name in read if name not in guide} == set()
+
+
 def test_backends_named_in_documents_exist() -> None:
     for document in DOCUMENTS:
         for name in re.findall(r"LONGSCAN_BACKEND=(\w+)", document.read_text(encoding="utf-8")):

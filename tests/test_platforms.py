@@ -13,14 +13,17 @@ from longscan.ops import backends
 #: What macOS or Windows may not have: compilers of kernels, and a module of Unix.
 LACKING = ("numba", "llvmlite", "triton", "cuda", "fcntl")
 
-PROGRAM = f"""
+HIDDEN = """
 import importlib.machinery as machinery
 
 find = machinery.PathFinder.find_spec
 def found(cls, name, path=None, target=None):
-    return None if name.partition(".")[0] in {LACKING} else find(name, path, target)
+    return None if name.partition(".")[0] in {} else find(name, path, target)
 machinery.PathFinder.find_spec = classmethod(found)
+"""
 
+PROGRAM = f"""
+{HIDDEN.format(LACKING)}
 import torch
 from longscan import LanguageModel, LanguageModelConfig, diagnostics
 
@@ -42,6 +45,19 @@ for check in checks:
 def test_without_compilers_the_definitions_serve() -> None:
     run = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "extra"),
+    [
+        ("from longscan.integrations.transformers import LongscanForCausalLM", "transformers"),
+        ("from longscan.integrations.lm_eval import LongscanLM", "lm-eval"),
+    ],
+)
+def test_without_a_package_its_extra_is_named(line: str, extra: str) -> None:
+    hidden = HIDDEN.format(("transformers", "lm_eval", "tqdm"))
+    run = subprocess.run([sys.executable, "-c", hidden + line], capture_output=True, text=True, timeout=120)
+    assert f"longscan[{extra}]" in run.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("operator", backends.OPERATORS)

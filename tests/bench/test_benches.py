@@ -63,6 +63,21 @@ def test_several_sequences_decode_together() -> None:
     assert ours.value == pytest.approx(12 / ours.timing.median)
 
 
+def test_a_transformer_decodes_behind_its_context() -> None:
+    settings = Settings(
+        shapes=((2, 32, 50, 3, 4),), dtypes=("float32",), peers=("transformer++",), repeats=2, budget=0.2
+    )
+    report = importlib.import_module("longscan.bench.decode").run(settings)
+    row = next(row for row in report.rows if row.contender == "transformer++")
+    assert row.kind == "other"
+    assert "2048 tokens of context" in row.note
+    assert row.timing is not None
+    assert row.value == pytest.approx(12 / row.timing.median)
+    # Keys and values of one layer over the context, for every token.
+    assert row.bandwidth is not None
+    assert row.bandwidth * row.timing.median > 4 * 3 * 2 * 32 * 2048 * 4
+
+
 def test_floors_count_what_they_say() -> None:
     assert floors.mamba_products(10, 64, d_state=16) == [(10, 64, 256), (10, 128, 36), (10, 4, 128), (10, 128, 64)]
     assert floors.read_bandwidth(size=2**20, repeats=1) > 0

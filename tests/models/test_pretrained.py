@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from longscan.errors import CheckpointError, StorageError
+from longscan.errors import ArgumentError, CheckpointError, StorageError
 from longscan.models import LanguageModel
 from longscan.nn.storage import load_tensors, save_tensors
 from tests.models.small import KINDS, make
@@ -31,6 +31,12 @@ def test_the_same_numbers_come_back(kind: str, tmp_path: Path) -> None:
     for (name, one), (other_name, other) in zip(model.named_parameters(), again.named_parameters(), strict=True):
         assert (name, vars(one), one.requires_grad) == (other_name, vars(other), other.requires_grad)
     again.loss(TOKENS, TOKENS).backward()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.int8])
+def test_what_is_no_dtype(saved: Path, dtype: object) -> None:
+    with pytest.raises(ArgumentError, match=r"dtype must be a floating dtype such as torch\.bfloat16"):
+        LanguageModel.from_pretrained(saved, dtype=dtype)  # type: ignore[arg-type]
 
 
 def test_dtype(saved: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,15 +12,20 @@ from torch import Tensor
 from longscan import ops
 from longscan.bench import floors
 from longscan.bench.contest import DTYPES, INT8, Call, Contender, Settings, beside, compare, describe, floor
-from longscan.bench.models import exact, make_model, random_tokens, shapes_of, weight_bytes
+from longscan.bench.models import exact, make_model, make_transformer, random_tokens, shapes_of, weight_bytes
 from longscan.bench.peers import huggingface, llama_cpp, mamba_ssm, mambapy
 from longscan.bench.report import Report, Row
+from longscan.mixers.attention import AttentionState
 from longscan.mixers.mamba import MambaState
 from longscan.models import LanguageModel
 from longscan.models.decoding import make_stepper
+from longscan.nn.state import ModelState, State
 
 #: Up to so many sequences a GPU reads little else than weights.
 _FEW = 4
+
+#: Tokens that come before those that the Transformer++ is timed with.
+_CONTEXT = 2048
 
 AXES = "layers,d_model,vocabulary,batch,tokens"
 
@@ -30,7 +36,8 @@ def run(settings: Settings) -> Report:
     One sequence, on a GPU also 128 of them. Everyone is fed the same tokens, and the last scores are compared with
     those of the definition over the whole sequence at once. Choosing a token from the scores is not part of the time.
     With int8 weights the peer is llama.cpp with its q8_0; both are compared with the definition in float32.
-    mamba-ssm decodes as its own `generate(..., cg=True)` does: one token is one replay of its CUDA graph.
+    mamba-ssm decodes as its own `generate(..., cg=True)` does: one token is one replay of its CUDA graph. On a GPU,
+    beside them, a Transformer++ of as many parameters, with 2,048 tokens of context already in memory.
     """
     on_cpu = settings.device == "cpu"
     batches = (1,) if on_cpu else (1, 128)
@@ -69,6 +76,8 @@ def _measure(shape: tuple[int, ...], dtype: str, settings: Settings, bandwidth: 
         "mamba-ssm": lambda: _mamba_ssm(model, tokens),
     }
     contenders += [Contender(name, "peer", peers[name]) for name in settings.peers_of(*peers)]
+    if settings.peers_of("transformer++", on_request=("transformer++",) if settings.device == "cpu" else ()):
+        contenders.append(_transformer(shape, dtype, settings, tokens, bandwidth))
     rows = compare(group, contenders, (truth,), settings, dtype=DTYPES[dtype], to_value=to_value, moved=moved)
     # Measured again: other work on the machine may have slowed the first time.
     bandwidth = max(bandwidth, floors.read_bandwidth(settings.device))
@@ -176,6 +185,40 @@ def _llama_cpp(model: LanguageModel, tokens: Tensor, int8: bool = False) -> Call
         return (logits[:, :vocabulary],)
 
     return call
+
+
+def _transformer(shape: tuple[int, ...], dtype: str, settings: Settings, tokens: Tensor, bandwidth: float) -> Contender:
+    """Attention instead, over a context that is there already; its tokens come behind it."""
+    layers, d_model, vocabulary, batch, count = shape
+    model = make_transformer(layers, d_model, vocabulary, DTYPES[dtype], "meta", settings.seed)
+    moved = count * (weight_bytes(model) + model.state_bytes(batch, _CONTEXT + count // 2))
+
+    def prepare() -> Call:
+        model = make_transformer(layers, d_model, vocabulary, DTYPES[dtype], settings.device, settings.seed)
+        past = tuple(_random_past(own, count) for own in model.initial_state(batch).layers)
+        stepper = make_stepper(model)
+
+        @torch.no_grad()
+        def call() -> tuple[Tensor, ...]:
+            # The same memory in every pass: what it wrote behind the context does not count yet.
+            state = ModelState(tuple(replace(own, lengths=own.lengths.clone()) for own in past))
+            for column in tokens.unbind(1):
+                logits, state = stepper.step(column, state)
+            return (logits,)
+
+        return call
+
+    size = f"{model.num_parameters() / 1e6:.4g} million parameters"
+    note = f"something else: attention, {size}, {_CONTEXT} tokens of context"
+    return Contender("transformer++", "other", prepare, moved=moved, floor=moved / bandwidth, note=note)
+
+
+def _random_past(empty: State | None, count: int) -> AttentionState:
+    """Keys and values of a context, and room for so many more."""
+    assert isinstance(empty, AttentionState)
+    batch, heads, _, width = empty.keys.shape
+    keys, values = empty.keys.new_empty(2, batch, heads, _CONTEXT + count, width).normal_()
+    return AttentionState(keys, values, torch.full_like(empty.lengths, _CONTEXT), _CONTEXT)
 
 
 def _mamba_ssm(model: LanguageModel, tokens: Tensor) -> Call:

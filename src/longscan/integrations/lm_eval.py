@@ -17,8 +17,12 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import lm_eval.models  # noqa: F401 (the harness fills its registry only while that is empty)
 import torch
+
+try:
+    import lm_eval.models  # noqa: F401 (the harness fills its registry only while that is empty)
+except ImportError as error:
+    raise ImportError(f"lm-evaluation-harness: {error}; install it with: pip install 'longscan[lm-eval]'") from error
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -87,6 +87,16 @@ class LanguageModel(nn.Module):
     def state_bytes(self, batch: int = 1, length: int = 0) -> int:
         """Bytes of the state of ``batch`` sequences after ``length`` tokens."""
         return self.backbone.state_bytes(batch, length)
+
+    if TYPE_CHECKING:
+        # A call is `forward`, which PyTorch's own types leave open.
+        def __call__(
+            self,
+            tokens: Tensor,
+            state: ModelState | None = None,
+            cu_seqlens: Tensor | None = None,
+            last_only: bool = False,
+        ) -> tuple[Tensor, Any]: ...
 
     def forward(
         self,
@@ -254,6 +264,7 @@ class LanguageModel(nn.Module):
             subfolder: where in the folder or the repository the model is.
 
         Raises:
+            ArgumentError: ``dtype`` is none of PyTorch's floating ones.
             CheckpointError: a file is missing, damaged or truncated, or the weights do not fit the configuration.
         """
         return load_pretrained(cls, source, device=device, dtype=dtype, revision=revision, subfolder=subfolder)

@@ -66,8 +66,11 @@ def load_pretrained(
     """Build the model a folder describes, on the meta device, and give it the weights.
 
     Raises:
+        ArgumentError: ``dtype`` is none of PyTorch's floating ones.
         CheckpointError: a file is missing, damaged or truncated, or the weights do not fit the configuration.
     """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ArgumentError(f"dtype must be a floating dtype such as torch.bfloat16, got {dtype!r}")
     folder = find_folder(source, revision, subfolder)
     values = read_json(folder / CONFIG_FILE)
     quantization = values.pop(QUANTIZATION, None)

@@ -6,7 +6,7 @@ import abc
 import copy
 from collections.abc import Callable
 from numbers import Integral
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,12 @@ class SequenceMixer(nn.Module, abc.ABC):
 
     #: Why it cannot share sequences with other processes (:mod:`longscan.nn.sequence_parallel`); None: it can.
     undivided: str | None = "nothing says how its state goes from one process to the next"
+
+    if TYPE_CHECKING:
+        # A call is `forward`, which PyTorch's own types leave open.
+        def __call__(
+            self, x: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None
+        ) -> tuple[Tensor, Any]: ...
 
     @abc.abstractmethod
     def forward(

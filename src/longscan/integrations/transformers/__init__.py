@@ -40,18 +40,24 @@ __all__ = [
 VARIABLE = "LONGSCAN_TRANSFORMERS"
 
 
+def _check_installed() -> None:
+    from longscan.errors import IntegrationError
+
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise IntegrationError(f"transformers cannot be imported ({error}); install longscan[transformers]") from error
+
+
 def register() -> None:
     """Make our models known to ``AutoConfig`` and ``AutoModelForCausalLM`` (and so to ``pipeline``) by their folders.
 
     Raises:
         IntegrationError: Transformers is not installed.
     """
-    from longscan.errors import IntegrationError
+    _check_installed()
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    try:
-        from transformers import AutoConfig, AutoModelForCausalLM
-    except ImportError as error:
-        raise IntegrationError(f"transformers cannot be imported ({error}); install longscan[transformers]") from error
     from longscan.integrations.transformers.configuration import LongscanConfig
     from longscan.integrations.transformers.modeling import LongscanForCausalLM
 
@@ -73,6 +79,7 @@ def __getattr__(name: str) -> Any:
     if name in _LATER:
         import importlib
 
+        _check_installed()
         return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

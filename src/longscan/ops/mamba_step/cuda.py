@@ -106,6 +106,8 @@ class CudaMambaDecoder:
             logits (batch, vocabulary), float32 where the one kernel serves, else in the matrices' dtype.
         """
         self.weights.check_tokens(tokens)
+        # Kernels read them where they lie.
+        tokens = tokens.long().contiguous()
         batch = tokens.shape[0]
         short = states[0][1].dtype == self.dtype != torch.float32 if states else False
         self.weights.check_states(states, batch, (self.dtype,), self.dtype if short else torch.float32)
@@ -124,7 +126,7 @@ class CudaMambaDecoder:
         logits = new(vocabulary)
         hidden, x, z, y = new(s.d_model), new(s.d_inner), new(s.d_inner), new(s.d_inner)
         tensors = (
-            tokens.long(), self._table(states), _dense(w.embedding), w.final_norm, _dense(w.head), w.head_bias,
+            tokens, self._table(states), _dense(w.embedding), w.final_norm, _dense(w.head), w.head_bias,
             hidden, x, z, self._selected, y, logits, self._meetings,
         )  # fmt: skip
         numbers = (batch, vocabulary, _bits(self._layers[0].eps), _bits(w.eps))
