@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -95,9 +96,15 @@ def test_from_the_file_to_the_page(options: Options) -> None:
     assert (options.results / "small_heads" / "paper.png").stat().st_size > 1000
     code, text = told(options, report=True, name=None)
     page = options.docs.read_text()
+    # In the order of the experiment's file.
+    assert page.index("\n| Mamba |") < page.index("\n| attention |")
     assert f"| Mamba | {percent(mamba.figures['16'])} (99.5) | {percent(mamba.figures['32'])} |" in page
-    assert "Small heads, scale: paper" in page
-    assert "measured: " in told(options, list=True)[1]
+    assert "## Small heads, scale: paper" in page
+    assert "| [Small heads](#small-heads-scale-paper) | paper | 2 |" in page
+    figure = re.search(r"!\[Small heads, scale: paper\]\((.*)\)", page)
+    assert figure is not None
+    assert (options.docs.parent / figure[1]).resolve() == (options.results / "small_heads" / "paper.png").resolve()
+    assert "measured: " in told(options, list=True, name=None)[1]
 
 
 def test_another_scale_is_not_held_against_what_was_published(options: Options) -> None:
@@ -178,7 +185,7 @@ def test_several_sizes(options: Options) -> None:
     assert (options.results / "small_heads" / "paper.png").stat().st_size > 1000
     told(options, sizes="l")
     assert set(results(options)) == {"mamba-s", "mamba-l", "attention-s", "attention-l"}
-    assert "4 of 4: attention, mamba" in told(options, list=True)[1]
+    assert "4 of 4: attention, mamba" in told(options, list=True, name=None)[1]
     with pytest.raises(ConfigError, match="--sizes: small_heads has no 'xl', it has s, l"):
         told(options, sizes="xl")
     with pytest.raises(ConfigError, match="--only: small_heads has no 'lstm', it has mamba, attention"):
@@ -272,7 +279,19 @@ def test_enough_at_a_shorter_length_is_not_enough(options: Options) -> None:
     assert not again.trained
     assert again.go_on(lambda: False, lambda point, figures: None)
     assert len(again.curve) == 3
-    assert "Mamba: lengths 4, 8 first." in results_page([again.result()], {})
+    result = again.result()
+    assert "Mamba: lengths 4, 8 first." in results_page([result], {})
+    patient = dataclasses.replace(result, recipe={**result.recipe, "patience": 2000})
+    assert "Mamba: lengths 4, 8 first, at most 2,000 steps each." in results_page([patient], {})
+
+
+def test_trainings_beside_one_another_are_said_to_be(options: Options) -> None:
+    told(options, only="mamba", sharing=8)
+    (result,) = read_results(options.results)
+    assert result.sharing == 8
+    assert f"| {result.device}, one of 8 at a time, " in results_page([result], {})
+    shown = " ".join(told(options, list=True, name=None)[1].split())
+    assert f"a system on {result.device.partition(',')[0]} beside others" in shown
 
 
 def test_data_are_where_one_says(options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -313,6 +332,14 @@ def test_costs_are_measured_where_there_are_results(options: Options) -> None:
     text = " ".join(told(options, list=True, name=None)[1].split())
     assert "measured: " in text
     assert "a second" not in text
+
+
+def test_one_experiment_lists_its_systems(options: Options) -> None:
+    told(options, only="mamba")
+    (result,) = read_results(options.results)
+    text = " ".join(told(options, list=True)[1].split())
+    assert f"mamba Mamba {percent(result.figures['16'])}%, 32: {percent(result.figures['32'])}%" in text
+    assert "attention attention 12 steps to do" in text
 
 
 def test_what_takes_time_is_told(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:

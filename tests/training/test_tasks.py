@@ -132,6 +132,22 @@ def test_a_stage_lasts_until_it_is_mastered() -> None:
     assert not ours.at_last_stage
 
 
+def test_patience_ends_with_a_length_that_is_not_learnt_but_not_before_states_are_carried(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(STAGES, passed=1.1, patience=4)
+    ours = trainer(recipe=recipe)
+    lengths, last = [], []
+    for _ in range(7):
+        ours.advance(2)
+        lengths.append(ours._stage.length)
+        last.append(ours.at_last_stage)
+        # What it has waited so far is in the checkpoint.
+        ours.save(tmp_path / "c.safetensors", {})
+        ours = trainer(recipe=recipe)
+        ours.load(tmp_path / "c.safetensors")
+    assert lengths == [6, 6, 10, 10, None, None, None]
+    assert not any(last)
+
+
 @pytest.mark.parametrize("before", [1, 3])
 def test_resuming_between_stages_gives_the_same_losses(tmp_path: Path, before: int) -> None:
     whole, part, again = (trainer(recipe=STAGES) for _ in range(3))

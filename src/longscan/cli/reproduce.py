@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -72,7 +73,7 @@ class Options:
     name: Annotated[str | None, tyro.conf.Positional] = None
     """The experiment; --list shows them."""
     list: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Show the experiments, what they cost and what has been measured."""
+    """Show the experiments, what they cost and what has been measured; with NAME, that one's systems."""
     report: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Only write docs/results.md and the figures from the result files."""
     scale: Literal["auto", "paper", "short", "here"] = "auto"
@@ -93,6 +94,9 @@ class Options:
     """Stop after so long, with everything saved."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto: a GPU if there is one."""
+    sharing: int = 1
+    """How many trainings, this one included, the device has at a time; the results say so, as their times are no speeds
+    then."""
     experiments: Path = Path("experiments")
     """Folder of the experiments' files."""
     results: Path = Path("results")
@@ -119,7 +123,7 @@ def run(options: Options, console: Console | None = None) -> int:
     console = console or Console(highlight=False, soft_wrap=True, width=width)
     published = read_published(read_toml(options.experiments / _PUBLISHED), _PUBLISHED)
     if options.list:
-        console.print(_list(options))
+        console.print(_list(options) if options.name is None else _systems(options, options.name))
         return 0
     if options.report:
         return _report(options, published, console)
@@ -136,10 +140,10 @@ def run(options: Options, console: Console | None = None) -> int:
                 console.print("stopped, all is saved; the same command goes on")
                 return 128 + (stop.signal or signal.SIGINT) if stop() else 0
             with _bar(console, system.label):
-                written = [done.result().save(options.results), *_beside(done, options)]
+                written = [done.result(options.sharing).save(options.results), *_beside(done, options)]
             for path in written:
                 console.print(f"written: {path}")
-    results = read_results(options.results, settings.name)
+    results = _in_order(read_results(options.results, settings.name), options.experiments)
     own = [result for result in results if result.scale == settings.scale]
     console.print(experiment_table(own, beside(published, settings.published, settings.scale)))
     for path in plot_experiment(results, published, options.results):
@@ -172,17 +176,22 @@ def _names(folder: Path) -> list[str]:
     return [path.stem for path in sorted(folder.glob("*.toml")) if "systems" in read_toml(path)]
 
 
-def _settings(options: Options, name: str, device: torch.device) -> Settings:
+def _read(options: Options, name: str) -> dict[str, Any]:
     name = name.replace("-", "_")
     known = _names(options.experiments)
     if name not in known:
         raise ConfigError(f"no experiment {name!r} in {options.experiments}; there are: {', '.join(known)}")
+    return read_toml(options.experiments / f"{name}.toml")
+
+
+def _settings(options: Options, name: str, device: torch.device) -> Settings:
+    values = _read(options, name)
     scale = options.scale
     if scale == "auto":
         scale = "paper" if device.type == "cuda" else "here"
     given = {"data": options.data, "tokenizer": options.tokenizer}
     changes = {key: value for key, value in given.items() if value is not None}
-    return read_settings(name, read_toml(options.experiments / f"{name}.toml"), scale, options=changes)
+    return read_settings(name.replace("-", "_"), values, scale, options=changes)
 
 
 def _chosen(settings: Settings, only: str | None, sizes: str | None) -> list[System]:
@@ -298,6 +307,40 @@ def _list(options: Options) -> Table:
     return table
 
 
+def _systems(options: Options, name: str) -> Table:
+    """An experiment's systems, and at each scale what was measured, or the training to be done."""
+    values = _read(options, name)
+    results = read_results(options.results, name.replace("-", "_"))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=escape(values["title"]), title_justify="left")
+    table.add_column("system", no_wrap=True)
+    table.add_column("label", min_width=20)
+    cells: dict[str, list[str]] = {}
+    for number, scale in enumerate(scales_of(values)):
+        settings = read_settings(name, values, scale)
+        table.add_column(f"{scale}: {settings.task.metric.name} at {settings.task.axis} {_own(settings):,}")
+        found = {result.system: result for result in results if result.scale == scale and result.seed == options.seed}
+        for system in settings.systems.values():
+            row = cells.setdefault(system.name, [system.name, escape(system.label), *[""] * number])
+            row.append(_state(system, settings, found.get(system.name)))
+    for row in cells.values():
+        table.add_row(*row)
+    return table
+
+
+def _own(settings: Settings) -> int:
+    """The key of an experiment's figures that it is trained for."""
+    length = settings.task.length
+    return length if length in settings.lengths else settings.lengths[-1]
+
+
+def _state(system: System, settings: Settings, result: Result | None) -> str:
+    if result is None:
+        return f"{system.recipe.steps:,} steps to do"
+    own, last = str(_own(settings)), list(result.figures)[-1]
+    shown = [f"{int(last):,}: {settings.task.metric.text(result.figures[last])}"] if last != own else []
+    return ", ".join([settings.task.metric.text(result.figures[own]), *shown]) if own in result.figures else shown[0]
+
+
 def experiment_table(results: Sequence[Result], published: Published | None) -> Table:
     """Figures of an experiment's results at one scale, the published ones in brackets."""
     first = results[0]
@@ -325,11 +368,25 @@ def experiment_table(results: Sequence[Result], published: Published | None) -> 
     return table
 
 
+def _in_order(results: Iterable[Result], folder: Path) -> list[Result]:
+    """By experiment, and within it as its file has the systems and sizes; what no file has any more comes last."""
+    files = {name: read_toml(folder / f"{name}.toml") for name in _names(folder)}
+
+    def place(result: Result) -> tuple[str, int, int, int]:
+        values = files.get(result.experiment, {})
+        families = [*values.get("systems", {}), result.family or result.system]
+        sizes = [*values.get(result.scale, {}).get("sizes", {}), result.size]
+        return result.experiment, families.index(families[-1]), sizes.index(result.size), result.seed
+
+    return sorted(results, key=place)
+
+
 def _report(options: Options, published: dict[str, Published], console: Console) -> int:
-    results = read_results(options.results)
+    results = _in_order(read_results(options.results), options.experiments)
     for name in dict.fromkeys(result.experiment for result in results):
         own = [result for result in results if result.experiment == name]
         for path in plot_experiment(own, published, options.results):
             console.print(f"written: {path}")
-    console.print(f"written: {write_text(options.docs, results_page(results, published))}")
+    figures = os.path.relpath(options.results, options.docs.parent)
+    console.print(f"written: {write_text(options.docs, results_page(results, published, figures))}")
     return 0

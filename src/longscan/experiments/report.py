@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,29 +15,47 @@ _HEAD = """# Results
 
 Written by `longscan reproduce --report` from the files in `results/`; do not edit. Our figures come first, published
 ones in brackets behind them. *paper* is the published setting, *short* its task with minutes of training on a GPU,
-*here* one scaled down for two CPU cores. Each section names the command that makes it.
+*here* one scaled down for two CPU cores. Each section names the command that makes it. What the figures say, and where
+they fall short: [findings](findings.md).
 """
 
 
-def results_page(results: Iterable[Result], published: Mapping[str, Published]) -> str:
-    """The page, as Markdown."""
+def results_page(results: Iterable[Result], published: Mapping[str, Published], figures: str = "") -> str:
+    """The page, as Markdown; ``figures``: of the results' folder, as the page would name it, to show its figures."""
     groups: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         groups.setdefault((result.experiment, result.scale), []).append(result)
-    parts = [_HEAD]
     order = {scale: number for number, scale in enumerate(ALL_SCALES)}
-    for (_, scale), members in sorted(groups.items(), key=lambda item: (item[0][0], order[item[0][1]])):
-        parts.append(_section(members, scale, beside(published, members[0].published, scale)))
+    sections = sorted(groups.items(), key=lambda item: (item[0][0], order[item[0][1]]))
+    parts = [_HEAD, _contents(members for _, members in sections)]
+    for (name, scale), members in sections:
+        figure = f"{figures}/{name}/{scale}.png" if figures else ""
+        parts.append(_section(members, beside(published, members[0].published, scale), figure))
     return "\n".join(parts)
 
 
-def _section(results: list[Result], scale: str, published: Published | None) -> str:
+def _contents(sections: Iterable[list[Result]]) -> str:
+    """What there is, and where it was measured; links as GitHub and others make them from headings."""
+    lines = [_row(["experiment", "scale", "systems", "measured on"]), _row(["---"] * 4)]
+    for results in sections:
+        first = results[0]
+        anchor = re.sub(r"[^\w -]", "", _heading(first).lower()).replace(" ", "-")
+        on = dict.fromkeys(map(_device, results))
+        lines.append(_row([f"[{first.title}](#{anchor})", first.scale, str(len(results)), ", ".join(on)]))
+    return "\n".join([*lines, ""])
+
+
+def _heading(result: Result) -> str:
+    return f"{result.title}, scale: {result.scale}"
+
+
+def _section(results: list[Result], published: Published | None, figure: str) -> str:
     first = results[0]
     keys = sorted({int(key) for result in results for key in result.figures})
     task = ", ".join(f"{key} {value}" for key, value in first.task.items() if key != "name")
-    command = f"longscan reproduce {first.experiment.replace('_', '-')} --scale {scale}"
+    command = f"longscan reproduce {first.experiment.replace('_', '-')} --scale {first.scale}"
     lines = [
-        f"## {first.title}, scale: {scale}",
+        f"## {_heading(first)}",
         "",
         f"`{command}`. Task: {task}. {metric_words(first.metric)} by {first.axis}; "
         f"{first.sequences:,} test sequences each.",
@@ -47,9 +66,11 @@ def _section(results: list[Result], scale: str, published: Published | None) -> 
     lines += [_row([result_name(result), *(figure_cell(result, key, published) for key in keys)]) for result in results]
     if any(result.best for result in results):
         lines += [_row(["*the best possible*", *(best_cell(results, key) for key in keys)])]
-    lines += ["", _row(COST_HEAD)]
+    if figure:
+        lines += ["", f"![{_heading(first)}]({figure})"]
+    lines += ["", "<details><summary>Parameters, steps, times and machines</summary>", "", _row(COST_HEAD)]
     lines += [_row(["---", *["---:"] * 5, "---"])]
-    lines += [_row(cost_cells(result)) for result in results]
+    lines += [*(_row(cost_cells(result)) for result in results), "", "</details>"]
     ways = {f"{result_name(result)}: {way}" for result in results if (way := _way(result.recipe))}
     if ways:
         lines += [
@@ -61,10 +82,11 @@ def _section(results: list[Result], scale: str, published: Published | None) -> 
 
 def _way(recipe: Mapping[str, Any]) -> str:
     """What of a recipe is more than rates and sizes, in words."""
+    patience = f", at most {recipe['patience']:,} steps each" if recipe.get("patience") else ""
     words = {
         "objective": "the logarithm of the loss",
         "carry_state": "states carried from batch to batch",
-        "lengths": f"lengths {', '.join(f'{length:,}' for length in recipe.get('lengths', ()))} first",
+        "lengths": f"lengths {', '.join(f'{length:,}' for length in recipe.get('lengths', ()))} first{patience}",
     }
     default = Recipe()
     return ", ".join(text for key, text in words.items() if recipe.get(key) and recipe[key] != getattr(default, key))
@@ -108,17 +130,31 @@ def cost_cells(result: Result) -> list[str]:
         f"{1000 * result.train_seconds / result.steps:.2f}",
         duration(result.train_seconds),
         duration(result.test_seconds),
-        f"{result.device}, {result.commit or 'no commit'}",
+        f"{result.device}{_beside_others(result)}, {result.commit or 'no commit'}",
     ]
 
 
+def _beside_others(result: Result) -> str:
+    return f", one of {result.sharing} at a time" if result.sharing > 1 else ""
+
+
 def measured_cost(results: Iterable[Result]) -> str:
-    """What systems of an experiment took, from the quickest to the slowest, and where."""
-    results = list(results)
-    seconds = sorted(result.train_seconds + result.test_seconds for result in results)
-    ends = list(dict.fromkeys(map(duration, (seconds[0], seconds[-1]))))
-    devices = " and ".join(dict.fromkeys(result.device for result in results))
-    return f"measured: {' to '.join(ends)} a system on {devices}"
+    """What systems of an experiment took on each device, from the quickest to the slowest."""
+    devices: dict[str, list[Result]] = {}
+    for result in results:
+        devices.setdefault(_device(result), []).append(result)
+    words = []
+    for device, members in devices.items():
+        seconds = sorted(result.train_seconds + result.test_seconds for result in members)
+        ends = dict.fromkeys(map(duration, (seconds[0], seconds[-1])))
+        beside = " beside others" if any(result.sharing > 1 for result in members) else ""
+        words.append(f"{' to '.join(ends)} a system on {device}{beside}")
+    return f"measured: {'; '.join(words)}"
+
+
+def _device(result: Result) -> str:
+    """What trained it, in short."""
+    return result.device.partition(",")[0].partition(" (")[0]
 
 
 def _row(cells: Iterable[str]) -> str:

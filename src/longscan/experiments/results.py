@@ -34,6 +34,7 @@ class Result:
         curve: of training, rows of step, loss, figure on each batch before it was learnt.
         train_seconds, test_seconds: wall time, over all pieces.
         device: the GPU's name, or the processor's.
+        sharing: how many trainings there were on it at a time: with more than one, the times are no speeds.
         machine, versions, commit: where it was measured (:mod:`longscan.diagnostics`).
     """
 
@@ -61,6 +62,7 @@ class Result:
     train_seconds: float
     test_seconds: float
     device: str
+    sharing: int = 1
     machine: Mapping[str, Any]
     versions: Mapping[str, str]
     commit: str | None

@@ -171,8 +171,8 @@ class Run:
         self._trainer.save(self.path, about)
         self._saved = time.monotonic()
 
-    def result(self) -> Result:
-        """What came out."""
+    def result(self, sharing: int = 1) -> Result:
+        """What came out; ``sharing``: how many trainings the device had at a time."""
         machine = diagnostics.describe_machine()
         processor = f"{machine['cpu']}, {machine['threads']} threads"
         settings = self.settings
@@ -202,6 +202,7 @@ class Run:
             train_seconds=round(self.train_seconds, 1),
             test_seconds=round(self.test_seconds, 1),
             device=machine["gpus"][0] if self.device.type == "cuda" else processor,
+            sharing=sharing,
             machine=machine,
             versions=diagnostics.versions(),
             commit=diagnostics.commit(),

@@ -12,8 +12,11 @@ from longscan.experiments.results import Result
 from longscan.nn.storage import write_atomically
 from longscan.plots.palette import COLOURS
 from longscan.plots.scaling import draw_scaling
-from longscan.plots.variants import draw_variants
+from longscan.plots.variants import draw_variants, height
 from longscan.tasks.task import Metric
+
+# With trainings of steps so many times as many as another's, the axis is logarithmic.
+_APART = 4
 
 
 def plot_experiment(results: Sequence[Result], published: Mapping[str, Published], folder: Path) -> list[Path]:
@@ -44,8 +47,6 @@ def draw_experiment(results: Sequence[Result], published: Published | None) -> A
     """
     if results[0].size:
         return draw_scaling(results)
-    if len(results) > len(COLOURS) and len({key for result in results for key in result.figures}) == 1:
-        return draw_variants(results, published)
     return _figure(results, published)
 
 
@@ -54,12 +55,17 @@ def _figure(results: Sequence[Result], published: Published | None) -> Any:
 
     first = results[0]
     several = len({length for result in results for length in result.figures}) > 1
-    figure = Figure(figsize=(11 if several else 6.5, 4.4), layout="constrained")
-    panels = figure.subplots(1, 2 if several else 1, squeeze=False)[0]
+    # More curves than there are colours for say nothing.
+    curves = several or len(results) <= len(COLOURS)
+    figure = Figure(figsize=(11 if curves else 8.5, 4.4 if curves else height(results)), layout="constrained")
+    panels = figure.subplots(1, 1 + curves, squeeze=False)[0]
     colours = {result.system: COLOURS[index % len(COLOURS)] for index, result in enumerate(results)}
     if several:
         _lengths(panels[0], results, published, colours)
-    _training(panels[-1], results, colours)
+    else:
+        draw_variants(panels[0], results, published)
+    if curves:
+        _training(panels[1], results, colours)
     figure.suptitle(f"{first.title} ({first.scale}; {first.device})", fontsize=10)
     return figure
 
@@ -88,6 +94,9 @@ def _training(panel: Any, results: Sequence[Result], colours: dict[str, str]) ->
         steps, _, figures = zip(*result.curve, strict=True)
         shown = [result.metric.factor * figure for figure in figures]
         panel.plot(steps, shown, color=colours[result.system], label=result.label, linewidth=1.2)
+    lasts = [result.curve[-1][0] for result in results]
+    if max(lasts) > _APART * min(lasts):
+        panel.set_xscale("log")
     panel.set_xlabel("step of training")
     _figures(panel, results[0].metric, " on each batch before it was learnt")
 

@@ -12,7 +12,7 @@ from longscan.plots.palette import COLOURS
 
 def draw_scaling(results: Sequence[Result]) -> Any:
     """Figures at the task's own length against parameters, a line for each family; and, where figures are by context,
-    those of each family's largest size by position.
+    those of the largest size by position.
 
     Args:
         results: of one experiment at one scale, of systems that have sizes.
@@ -21,6 +21,7 @@ def draw_scaling(results: Sequence[Result]) -> Any:
         A matplotlib Figure.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     first = results[0]
     families: dict[str, list[Result]] = {}
@@ -34,7 +35,7 @@ def draw_scaling(results: Sequence[Result]) -> Any:
         look = {"color": colours[family], "label": members[-1].label.removesuffix(f" {members[-1].size}")}
         last = [member.metric.factor * _own(member) for member in members]
         panels[0].plot([member.parameters for member in members], last, "o-", markersize=4, **look)
-        if positions:
+        if positions and members[-1].size == _largest(results):
             places, found = zip(*by_position(members[-1].figures, first.task["length"]), strict=True)
             panels[1].plot(places, found, "o-", markersize=3.5, **look)
     unit = f", {first.metric.unit}" if first.metric.unit else ""
@@ -45,6 +46,9 @@ def draw_scaling(results: Sequence[Result]) -> Any:
         panel.set_xscale("log", base=10 if panel is panels[0] else 2)
         panel.grid(alpha=0.25, which="both")
         panel.tick_params(labelsize=8)
+    panels[0].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panels[0].xaxis.set_major_formatter(FuncFormatter(lambda count, _: _short(count)))
+    panels[0].xaxis.set_minor_formatter(NullFormatter())
     panels[0].legend(fontsize=7, frameon=False)
     figure.suptitle(f"{first.title} ({first.scale}; {first.device})", fontsize=10)
     return figure
@@ -63,6 +67,10 @@ def by_position(figures: Mapping[str, float], length: int) -> list[tuple[float, 
             found.append((math.sqrt(max(before, 1) * context), (sum_here - total) / (context - before)))
             before, total = context, sum_here
     return found
+
+
+def _short(count: float) -> str:
+    return f"{count / 1e6:g}M" if count >= 1e6 else f"{count / 1e3:g}K"
 
 
 def _own(result: Result) -> float:

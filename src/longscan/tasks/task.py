@@ -91,6 +91,8 @@ class Recipe:
         lengths: to train at before the task's own, one after the other, each until the figure over a stretch of steps
             is as good as ``passed``.
         passed: see ``lengths`` and ``carry_state``.
+        patience: steps after which the next of ``lengths`` comes although this one is not learnt: a model that never
+            learns it is trained at the task's own length nevertheless; 0: it waits.
         carry_state: whether a batch goes on from the states that the last one ended with, see
             :mod:`longscan.training.carried`, once the figure is as good as ``passed`` without; of language models whose
             memory does not grow.
@@ -121,6 +123,7 @@ class Recipe:
     objective: Literal["loss", "log-loss"] = "loss"
     lengths: tuple[int, ...] = ()
     passed: float = 0.99
+    patience: int = 0
     carry_state: bool = False
     steps: int = 1000
     batch_size: int = 32

@@ -46,10 +46,16 @@ def stages_to_master(recipe: Recipe) -> int:
     return len(recipe.lengths) + recipe.carry_state
 
 
+def is_over(recipe: Recipe, mastered: int, steps: int, learnt: bool) -> bool:
+    """Whether a stage that has lasted so many steps gives way to the next: it is learnt, or patience has ended."""
+    shorter = mastered < len(recipe.lengths)
+    return mastered < stages_to_master(recipe) and (learnt or (shorter and 0 < recipe.patience <= steps))
+
+
 def stage_at(recipe: Recipe, length: int, step: int, mastered: int) -> Stage:
     """The stage that a step belongs to.
 
-    Lengths double over stages of as many steps each, or are ``recipe.lengths`` until each is mastered; then comes the
+    Lengths double over stages of as many steps each, or are ``recipe.lengths`` until :func:`is_over`; then comes the
     task's own, without states carried and, once that is mastered, with them.
 
     Args:

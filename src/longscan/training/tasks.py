@@ -28,7 +28,7 @@ from longscan.tasks.task import Recipe, Task
 from longscan.training.carried import CarriedStates
 from longscan.training.objectives import log_cross_entropy
 from longscan.training.optimizers import clip_gradients, parameter_groups
-from longscan.training.task_schedules import rate_factor, stage_at, stages_to_master
+from longscan.training.task_schedules import is_over, rate_factor, stage_at
 
 logger = logging.getLogger(__name__)
 
@@ -147,8 +147,9 @@ class TaskTrainer:
     ) -> None:
         self.task, self.model, self.recipe = task, model, recipe
         self.steps_done = 0
-        # How many of the recipe's easier stages are mastered: shorter lengths, then its own without states carried.
-        self._mastered = 0
+        # How many of the recipe's easier stages are done with: shorter lengths, then its own without states carried;
+        # and the steps that were done when the last of them was.
+        self._mastered = self._since = 0
         self._device, self._seed = device, seed
         self._generator = torch.Generator(device).manual_seed(seed)
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
@@ -322,10 +323,9 @@ class TaskTrainer:
                 f"before step {self.steps_done}: the loss is {loss / steps}; lower learning_rate or lengthen warmup"
             )
         point = Point(self.steps_done, loss / steps, self.task.metric.score(*judged))
-        if self._mastered < stages_to_master(self.recipe) and self.task.metric.reaches(
-            point.figure, self.recipe.passed
-        ):
-            self._mastered += 1
+        learnt = self.task.metric.reaches(point.figure, self.recipe.passed)
+        if is_over(self.recipe, self._mastered, self.steps_done - self._since, learnt):
+            self._mastered, self._since = self._mastered + 1, self.steps_done
         return point
 
     @contextlib.contextmanager
@@ -360,7 +360,8 @@ class TaskTrainer:
         tensors |= {f"buffer/{name}": tensor for name, tensor in self._buffers().items()}
         tensors |= {f"carried/{index}": tensor for index, tensor in enumerate(self._kept())}
         tensors |= {"count": self._count, "generator": self._generator.get_state()}
-        metadata = {"longscan.synthetic": json.dumps({"steps": self.steps_done, "mastered": self._mastered, **about})}
+        own = {"steps": self.steps_done, "mastered": self._mastered, "since": self._since}
+        metadata = {"longscan.synthetic": json.dumps(own | about)}
         return save_tensors(path, tensors, metadata)
 
     def load(self, path: Path) -> dict[str, Any]:
@@ -388,7 +389,7 @@ class TaskTrainer:
                 f"{path} is of another model, task or kind of device ({error}); remove it to start afresh"
             ) from error
         self.steps_done = int(about.pop("steps"))
-        self._mastered = int(about.pop("mastered", 0))
+        self._mastered, self._since = int(about.pop("mastered", 0)), int(about.pop("since", 0))
         return dict(about)
 
 
