@@ -22,6 +22,9 @@ def test_what_every_mixer_sends() -> None:
     assert rows["retnet"].value is not None
     # In two exchanges a state and a decay (32 channels of 16), and the convolution's 3 tokens; 4 bytes each.
     assert rows["mamba"].value == 4 * 32 * (2 * 2 * 16 + 3) / 1e3
+    (alone,) = parts.measure((1, 64, 16), ("s5",), Settings())
+    assert alone.value == 0
+    assert float(alone.note.split("; ")[-1].removesuffix(" of the time")) > 0
     with pytest.raises(ArgumentError, match="between processes on CPUs"):
         parts.run(Settings(device="cuda"))
 
@@ -39,5 +42,7 @@ def test_what_layouts_send_and_hold() -> None:
     # Around a ring of two a half goes once for a gathering, twice for a sum.
     assert found[16]["ddp"].note.startswith("4.00 bytes a parameter; holds 16.")
     assert found[16]["fsdp"].note.startswith("6.")
+    # Twice in half of the bytes, and the gradients.
+    assert found[16]["fsdp, gathered in bfloat16"].note.startswith("4.")
     assert sent["tensor parallel"][1] == pytest.approx(2 * sent["tensor parallel"][0], rel=0.01)
     assert sent["sequence parallel, ddp"][0] == sent["sequence parallel, ddp"][1] > sent["ddp"][0]

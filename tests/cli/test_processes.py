@@ -86,7 +86,9 @@ def test_a_killed_process_is_started_anew_and_a_killed_run_goes_on(place: Path, 
     assert 30 <= len(metrics(run)) < STEPS
     model, _ = load_run(run, "cpu")  # of the newest shards
     assert model.config.d_model == 16
-    code, out, error = call(place, "train", "--resume", f"runs/{run.name}", "--nproc", "1", "--sample", "0")
+    # Not only by other processes, but by such as have channels instead of shards.
+    others = ["--nproc", "2", "--parallel", "ddp", "--tensor-parallel", "2"] if way == "nproc" else ["--nproc", "1"]
+    code, out, error = call(place, "train", "--resume", f"runs/{run.name}", *others, "--sample", "0")
     assert code == 0, out + error
     assert_same_run(run, whole)
     assert not (place / "runs" / f"{run.name}-2").exists()

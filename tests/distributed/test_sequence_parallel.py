@@ -18,6 +18,7 @@ from longscan.errors import ArgumentError
 from longscan.mixers import make_mixer
 from longscan.models import Classifier, ClassifierConfig, LanguageModel, LanguageModelConfig
 from longscan.models.config import TRANSFORMER
+from longscan.nn.recurrences import selective_scan
 from longscan.nn.sequence_parallel import sequence_parallel
 from longscan.training.parallel import Loss
 from tests.distributed.processes import Groups, run
@@ -31,6 +32,9 @@ CASES = ((2, [0, 2, 2, 8, 13, 17]), (3, None), (4, [0, 1, 17]))
 # One variant of each mixer.
 MIXERS = {mixer: name for name, (mixer, options) in VARIANTS.items() if name in DIVIDED and "block" not in options}
 
+# Of these every operator of nn/recurrences.py.
+ROUNDED = ("mamba", "mamba2", "s5", "linear-attention", "retnet")
+
 
 def worker(groups: Groups) -> list[str]:
     found = []
@@ -38,6 +42,8 @@ def worker(groups: Groups) -> list[str]:
         if size in groups:
             found += [line for variant in DIVIDED for line in compare(variant, size, groups[size], offsets)]
     found += [line for variant in MIXERS.values() for line in traffic(variant, groups[4])] if 4 in groups else []
+    found += [line for variant in ROUNDED for line in rounded(variant, groups[2])] if 2 in groups else []
+    found += no_steps(groups[2]) if 2 in groups else []
     if 3 in groups:
         for fields in (
             {"mixer": "mamba"},
@@ -72,6 +78,43 @@ def compare(variant: str, size: int, group: Group, offsets: list[int] | None) ->
         for name, mine, theirs in pairs
         if not torch.allclose(mine, theirs, rtol=1e-10, atol=1e-10)
     ]
+
+
+def rounded(variant: str, group: Group) -> list[str]:
+    """Under autocast, as close to one process as bfloat16 is."""
+    mixer, generator = make(variant).float(), torch.Generator().manual_seed(0)
+    x = torch.randn(1, 16, D_MODEL, generator=generator).requires_grad_()
+    sources = [x, *mixer.parameters()]
+    with torch.autocast("cpu", torch.bfloat16):
+        whole, _ = mixer(x)
+    expected = torch.autograd.grad(whole.float().square().sum(), sources)
+    with sequence_parallel(group, length=16) as part:
+        with torch.autocast("cpu", torch.bfloat16):
+            y, _ = mixer(part.take(x))
+        gradients = [gradient.clone() for gradient in torch.autograd.grad(y.float().square().sum(), sources)]
+    for gradient in gradients:
+        dist.all_reduce(gradient, group=group)
+    pairs = zip([y, *gradients], [part.take(whole), *expected], strict=True)
+    far = [number for number, (mine, theirs) in enumerate(pairs) if (mine - theirs).norm() > 0.03 * theirs.norm()]
+    return [f"{variant}, {part.rank}: differs under autocast in {far}"] if far else []
+
+
+def no_steps(group: Group) -> list[str]:
+    """Of the selective scan, where steps are 0 or nearly: the scan of gradients divides by them."""
+    generator = torch.Generator().manual_seed(0)
+    x, dt, B, C = (torch.randn(1, 12, 4, dtype=torch.float64, generator=generator) for _ in range(4))
+    dt = torch.tensor([0.0, 1e-300, 1e-12, 0.5], dtype=torch.float64)[torch.arange(48).view(1, 12, 4) * 7 % 5 % 4]
+    A = -torch.rand(4, 4, dtype=torch.float64, generator=generator)
+    sources = [tensor.requires_grad_() for tensor in (x, dt, A, B, C)]
+    expected = torch.autograd.grad(selective_scan(*sources).square().sum(), sources)
+    with sequence_parallel(group, length=12) as part:
+        own = [tensor if tensor is A else part.take(tensor) for tensor in sources]
+        gradients = torch.autograd.grad(selective_scan(*own).square().sum(), sources)
+    for gradient in gradients:
+        dist.all_reduce(gradient, group=group)
+    pairs = enumerate(zip(gradients, expected, strict=True))
+    far = [number for number, (mine, theirs) in pairs if not torch.allclose(mine, theirs, rtol=1e-10, atol=1e-10)]
+    return [f"no steps, {part.rank}: gradients {far} differ"] if far else []
 
 
 def traffic(variant: str, group: Group) -> list[str]:

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from longscan.errors import ArgumentError
 from longscan.models import LanguageModel, LanguageModelConfig
 from longscan.models.config import TRANSFORMER
-from longscan.models.tensor_parallel import tensor_parallel, whole_state
+from longscan.models.tensor_parallel import row_orders, tensor_parallel, whole_state
 from tests.distributed.processes import Groups, run
 
 SHAPES = {
@@ -65,7 +65,8 @@ def compare(shape: LanguageModelConfig, mesh: DeviceMesh) -> list[str]:
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     expected = whole.loss(inputs, targets)
     expected.backward()
-    orders = tensor_parallel(model, mesh["model"])
+    tensor_parallel(model, mesh["model"])
+    orders = row_orders(model)
     marks = {name for name, parameter in model.named_parameters() if hasattr(parameter, "_no_weight_decay")}
     own = slice(None)
     if mesh.ndim == 2:
@@ -92,7 +93,7 @@ def compare(shape: LanguageModelConfig, mesh: DeviceMesh) -> list[str]:
             gradient = gradient[torch.argsort(orders[name])]
         if not torch.allclose(gradient, parameter.grad, rtol=1e-9, atol=1e-11):
             found.append(f"the gradient of {name} differs by {(gradient - parameter.grad).abs().max():.1e}")
-    state = whole_state(model, orders)
+    state = whole_state(model)
     found += [f"{name} is not the same" for name, tensor in whole.state_dict().items() if not tensor.equal(state[name])]
     first = model.get_parameter("backbone.layers.0.mixer.in_proj.weight")
     if first.to_local().numel() * mesh.size() != first.numel():

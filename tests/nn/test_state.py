@@ -45,7 +45,8 @@ def test_it_is_a_pytree() -> None:
 def test_it_says_what_it_holds_and_no_numbers() -> None:
     state = ModelState((example(2).layers[1], None))
     layer = "Example(real=float32[2, 2], unreal=complex64[2, 4], count=7, absent=None)"
-    assert repr(state) == f"ModelState(layers=({layer}, None), positions=None)"
+    assert repr(state.layers[0]) == layer
+    assert repr(state).startswith(f"ModelState(layers=({layer}, None)")
     assert "float32[2, 2], meta" in repr(state.to("meta"))
 
 

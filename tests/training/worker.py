@@ -18,41 +18,59 @@ from tests.training.helpers import Silent, make_trainer
 
 # 12 rows can be shared by 1, 2 and 3 processes of 2 micro-batches each.
 BASE = TrainConfig(steps=8, batch_size=12, sequence_length=16, accumulate=2, evaluations=2, clip=0.5)
+# A checkpoint is written during every step, and all are kept.
+SAVED: dict[str, Any] = {"checkpoint_minutes": 1e-9, "keep_checkpoints": 9}
 CASES: dict[str, dict[str, Any]] = {
     "ddp": {},
     "fsdp": {"parallel": "fsdp"},
     "recomputed": {"parallel": "fsdp", "recompute": True, "carry_state": True},
     "compiled": {"parallel": "fsdp", "recompute": True, "compile_blocks": True},
+    "replicas": {"parallel": "fsdp", "replicas": 2},
     "bfloat16": {"parallel": "fsdp", "precision": "bfloat16"},
+    "gathered-bfloat16": {"parallel": "fsdp", "precision": "bfloat16", "gather_precision": "bfloat16"},
     # Both processes have a half of every sequence.
     "parts": {"parallel": "fsdp", "sequence_parallel": 2, "recompute": True, "compile_blocks": True},
     "muon": {"parallel": "fsdp", "optimizer": "muon"},
-    # A checkpoint is written during every step, and all are kept.
-    "saved": {"parallel": "fsdp", "carry_state": True, "checkpoint_minutes": 1e-9, "keep_checkpoints": 9},
+    # Both processes have a half of every layer's channels.
+    "channels": {"tensor_parallel": 2, "recompute": True} | SAVED,
+    "channels-muon": {"tensor_parallel": 2, "optimizer": "muon"},
+    "saved": {"parallel": "fsdp", "carry_state": True} | SAVED,
 }
-# Four processes: two replicas, each in two shards.
-HYBRID = {"parallel": "fsdp", "replicas": 2, "accumulate": 1, "checkpoint_minutes": 1e-9, "keep_checkpoints": 9}
+# Four processes, two by two.
+GRIDS: dict[str, dict[str, Any]] = {
+    "replicas-shards": {"parallel": "fsdp", "replicas": 2} | SAVED,
+    "shards-channels": {"parallel": "fsdp", "tensor_parallel": 2} | SAVED,
+    "replicas-channels": {"tensor_parallel": 2},
+    "parts-channels": {"sequence_parallel": 2, "tensor_parallel": 2},
+}
+AGAIN = ("replicas-shards", "shards-channels")
+ALONE = dataclasses.replace(BASE, accumulate=1, **SAVED)
 
 
-def config_of(case: str) -> TrainConfig:
-    return dataclasses.replace(BASE, **(HYBRID if case == "hybrid" else CASES[case]))
+def config_of(name: str) -> TrainConfig:
+    own = CASES[name] if name in CASES else {"accumulate": 1} | GRIDS[name]
+    return dataclasses.replace(BASE, **own)
 
 
-def cases(root: Path, ranks: Ranks, device: torch.device) -> None:
-    """Every case to its end."""
-    for name in CASES:
-        trainer, model = make_trainer(root / name, config_of(name), ranks=ranks, device=device)
-        assert trainer.run()
-        whole = gather(model, ranks)
-        if whole is not None and ranks.first:
-            whole.save_pretrained(root / name / "model")
-
-
-def hybrid(root: Path, ranks: Ranks, device: torch.device) -> None:
-    trainer, model = make_trainer(root / "hybrid", config_of("hybrid"), ranks=ranks, device=device)
-    placements = model.backbone.norm_f.weight.placements  # type: ignore[union-attr]
-    assert [type(placement).__name__ for placement in placements] == ["Replicate", "Shard"]
+def case(name: str, root: Path, ranks: Ranks, device: torch.device) -> None:
+    """A case to its end."""
+    trainer, model = make_trainer(root / name, config_of(name), ranks=ranks, device=device)
     assert trainer.run()
+    whole = gather(model, ranks)
+    if whole is not None and ranks.first:
+        whole.save_pretrained(root / name / "model")
+
+
+def grids(root: Path, ranks: Ranks, device: torch.device) -> None:
+    """How four processes can share a model; what each then has of a layer's matrix."""
+    for name in GRIDS:
+        trainer, model = make_trainer(root / name, config_of(name), ranks=ranks, device=device)
+        matrix = model.backbone.blocks[0].mixer.in_proj.weight
+        share = 4 if name == "shards-channels" else 2
+        assert matrix.to_local().numel() * share == matrix.numel()
+        assert trainer.run()
+    for name in AGAIN:
+        assert make_trainer(root / f"{name}-again", config_of(name), ranks=ranks, device=device)[0].run()
 
 
 def full_disk(root: Path, ranks: Ranks, device: torch.device) -> None:
@@ -87,7 +105,8 @@ def go_on(root: Path, ranks: Ranks, device: torch.device) -> None:
         (root / f"{name}-{ranks.rank}.json").write_text(json.dumps(observer.warnings))
 
 
-PARTS = {"cases": cases, "hybrid": hybrid, "full_disk": full_disk, "go_on": go_on}
+PARTS = {name: functools.partial(case, name) for name in CASES}
+PARTS |= {"grids": grids, "full_disk": full_disk, "go_on": go_on}
 
 
 def main(folder: str, device: str, *parts: str) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longscan.bench.contest import Settings, describe
@@ -20,10 +19,10 @@ from longscan.bench.spawned import spawned
 from longscan.bench.train import make_batch
 from longscan.errors import ArgumentError
 from longscan.models import LanguageModel
-from longscan.models.tensor_parallel import tensor_parallel
 from longscan.nn.sequence_parallel import current_part, sequence_parallel
 from longscan.training import Ranks, TrainConfig
 from longscan.training.parallel import lay_out
+from longscan.training.stepper import autocast
 
 # Operators of torch.distributed that send nothing, and messages, which parts of sequences count themselves.
 _SILENT = ("wait_tensor", "_wrap_tensor_autograd", "barrier", "send", "recv_")
@@ -34,7 +33,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def run(settings: Settings) -> Report:
-    """MB that a process sends in a step of a Mamba language model with AdamW, float32.
+    """MB that a process sends in a step of a Mamba language model with AdamW, float32 but where it says otherwise.
 
     CPU processes (gloo). Counted: a gathering or scattering sends its parts once around a ring, a sum twice. A note has
     what that is a parameter, and the bytes of parameters, gradients and moments that a process holds after the step.
@@ -69,13 +68,17 @@ def measure(shape: tuple[int, ...], settings: Settings) -> list[Row]:
 
 
 def _laid_out(**options: Any) -> Callable[[LanguageModel, Ranks], Loss]:
+    config, cpu = TrainConfig(**options), torch.device("cpu")
+
     def make(model: LanguageModel, ranks: Ranks) -> Loss:
-        net = lay_out(model, TrainConfig(**options), ranks, torch.device("cpu"))
+        net = lay_out(model, config, ranks, cpu)
+        sharers, place = ranks.size // config.tensor_parallel, ranks.rank // config.tensor_parallel
 
         def loss(tokens: Tensor, targets: Tensor) -> Tensor:
-            rows = tokens.shape[0] // ranks.size
-            own = slice(ranks.rank * rows, (ranks.rank + 1) * rows)
-            value: Tensor = net(tokens[own], targets[own], None)[0]
+            rows = tokens.shape[0] // sharers
+            own = slice(place * rows, (place + 1) * rows)
+            with autocast(cpu, config.precision):
+                value: Tensor = net(tokens[own], targets[own], None)[0]
             return value
 
         return loss
@@ -84,8 +87,7 @@ def _laid_out(**options: Any) -> Callable[[LanguageModel, Ranks], Loss]:
 
 
 def _by_channel(model: LanguageModel, ranks: Ranks) -> Loss:
-    tensor_parallel(model, init_device_mesh("cpu", (ranks.size,)))
-    return model.loss
+    return _laid_out(tensor_parallel=ranks.size)(model, ranks)
 
 
 def _by_length(model: LanguageModel, ranks: Ranks) -> Loss:
@@ -103,8 +105,10 @@ def _by_length(model: LanguageModel, ranks: Ranks) -> Loss:
 _LAYOUTS: dict[str, Callable[[LanguageModel, Ranks], Loss]] = {
     "ddp": _laid_out(),
     "fsdp": _laid_out(parallel="fsdp"),
+    "fsdp, gathered in bfloat16": _laid_out(parallel="fsdp", precision="bfloat16", gather_precision="bfloat16"),
     "fsdp, 2 replicas": _laid_out(parallel="fsdp", replicas=2),
     "tensor parallel": _by_channel,
+    "tensor parallel by 2, fsdp": _laid_out(parallel="fsdp", tensor_parallel=2),
     "sequence parallel, ddp": _by_length,
 }
 

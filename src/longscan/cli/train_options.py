@@ -11,7 +11,7 @@ import tyro
 from longscan.cli.config import differences, merge, read_toml
 from longscan.errors import ConfigError
 from longscan.tasks.text import TextConfig, recipe
-from longscan.training.config import TrainConfig
+from longscan.training.config import LAYOUT, TrainConfig
 
 TASKS = ("text",)
 
@@ -97,8 +97,15 @@ def parse(arguments: list[str], prog: str) -> Options:
         ours = dataclasses.replace(chosen, config=saved.config, resume=saved.resume)
         if chosen.config is not None:
             ours = merge(ours, read_toml(chosen.config), str(chosen.config))
-        # How many processes go on is free, and so is the sample.
-        same = dataclasses.replace(ours, sample=saved.sample, nproc=saved.nproc, max_restarts=saved.max_restarts)
+        # How many processes go on, and what each has of the model, is free, and so is the sample.
+        layout = {name: getattr(saved.training, name) for name in LAYOUT}
+        same = dataclasses.replace(
+            ours,
+            training=dataclasses.replace(ours.training, **layout),
+            sample=saved.sample,
+            nproc=saved.nproc,
+            max_restarts=saved.max_restarts,
+        )
         changed = differences(saved, same)
         if changed:
             raise ConfigError(f"--resume {resume} goes on with its own configuration, but {'; '.join(changed)}")

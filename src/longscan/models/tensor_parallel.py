@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from longscan.errors import ArgumentError
 from longscan.mixers import Attention, Mamba
 from longscan.models.language_model import LanguageModel
 from longscan.nn.mlp import MLP, GatedMLP
-from longscan.nn.tensor_parallel import ChannelPlan, split_channels
+from longscan.nn.tensor_parallel import ChannelPlan, fill_from_undivided, split_channels, undivided
 
 
 def _mamba(mixer: Mamba) -> ChannelPlan:
@@ -53,7 +53,7 @@ PLANS: dict[type[nn.Module], Callable[..., ChannelPlan]] = {
 }
 
 
-def tensor_parallel(model: LanguageModel, mesh: DeviceMesh) -> dict[str, Tensor]:
+def tensor_parallel(model: LanguageModel, mesh: DeviceMesh) -> None:
     """Split the layers of a model by channel over a mesh of one dimension, in place.
 
     Every process calls it with the same weights, gives the model the same tokens and gets the same logits and loss.
@@ -61,15 +61,12 @@ def tensor_parallel(model: LanguageModel, mesh: DeviceMesh) -> dict[str, Tensor]
     make optimisers after both. A layer costs two sums over the processes forward (three in Mamba, the third of
     dt_rank + 2 N numbers a token) and as many backward, of d_model numbers a token.
 
-    Returns:
-        For :func:`whole_state`: the order of the rows of parameters that hold several matrices.
-
     Raises:
         ArgumentError: a mixer that has no plan, or channels (heads) that cannot be divided evenly.
 
     Example:
         >>> mesh = init_device_mesh("cuda", (4, 2), mesh_dim_names=("data", "model"))
-        >>> order = tensor_parallel(model, mesh["model"])
+        >>> tensor_parallel(model, mesh["model"])
         >>> for block in model.backbone.blocks:
         ...     fully_shard(block, mesh=mesh["data"])
         >>> fully_shard(model, mesh=mesh["data"])
@@ -81,26 +78,54 @@ def tensor_parallel(model: LanguageModel, mesh: DeviceMesh) -> dict[str, Tensor]
         if type(layer) not in PLANS:
             known = ", ".join(kind.__name__ for kind in PLANS)
             raise ArgumentError(f"{name} is a {type(layer).__name__}, which has no plan; those of {known} can be split")
-    orders = {}
+    orders = row_orders(model)
     for name, layer in layers:
         plan = PLANS[type(layer)](layer)
-        orders.update({f"{name}.{own}": plan.order(own, mesh.size()) for own in plan.rows})
+        there = dict(layer.named_parameters())
+        orders.update({f"{name}.{own}": plan.order(own, mesh.size()) for own in plan.rows if own in there})
         split_channels(layer, plan, mesh)
+
+
+def row_orders(model: LanguageModel) -> dict[str, Tensor]:
+    """Of parameters that are split by rows: where in an undivided one their rows are. Of a whole model, none are."""
+    orders: dict[str, Tensor] = vars(model).setdefault("_row_orders", {})
     return orders
 
 
-def whole_state(model: LanguageModel, orders: dict[str, Tensor]) -> dict[str, Tensor]:
+def whole_state(model: LanguageModel) -> dict[str, Tensor]:
     """The weights of a split model as an undivided one has them; all processes call it, and each gets them.
 
     Args:
         model: what :func:`tensor_parallel` has split, FSDP2 around it or not.
-        orders: what it returned.
     """
-    whole = {}
-    for name, tensor in model.state_dict().items():
-        full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        whole[name] = full[torch.argsort(orders[name]).to(full.device)] if name in orders else full
-    return whole
+    tensors = undivided_rows(model, model.state_dict())
+    return {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
+
+
+def undivided_rows(model: LanguageModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters, or what an optimiser keeps of them (``anything/name``), with rows as in an undivided model: copies
+    that are still in shards."""
+    orders = row_orders(model)
+    return {
+        name: undivided(tensor, orders[_parameter(name)]) if _moved(name, tensor, orders) else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def divide_rows(model: LanguageModel, tensors: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
+    """Fill tensors from what :func:`undivided_rows` made of them, and somebody else has filled meanwhile."""
+    orders = row_orders(model)
+    for name, tensor in tensors.items():
+        if _moved(name, tensor, orders):
+            fill_from_undivided(tensor, sources[name], orders[_parameter(name)])
+
+
+def _parameter(name: str) -> str:
+    return name.rpartition("/")[2]
+
+
+def _moved(name: str, tensor: Tensor, orders: Mapping[str, Tensor]) -> bool:
+    return tensor.ndim > 0 and _parameter(name) in orders
 
 
 def _layers(model: LanguageModel) -> Iterator[tuple[str, nn.Module]]:

@@ -7,7 +7,9 @@ A linear recurrence leaves, after a stretch, what it would leave from an empty p
 
 The product is associative (Blelloch 1990, section 1.4.1), so that what enters every stretch is found in
 ceil(log2 P) + 1 exchanges between P processes, each of a state and its decay, whatever the length. Every process first
-runs its stretch from an empty past for its b, then from what enters. Autograd takes the same way back.
+runs its stretch from an empty past for its b, then from what enters. Gradients of states obey the same law backward in
+time, g_enter = a g_end + g: autograd takes the same way back, or :func:`met` does, with which no gradient is taken
+through the first run.
 
 Within :func:`sequence_parallel` mixers find the processes by themselves. What a mixer is made of decides what it does:
 the operators of :mod:`longscan.nn.recurrences` do everything (a mixer that is built on them has nothing to add);
@@ -60,12 +62,13 @@ class Segments:
     Attributes:
         cu_seqlens: their offsets within this process's part; None without packing.
         rows: how many states there are here: the batch, or the sequences of the part.
-        last: where in the part the last of them begins, or goes on.
+        first, last: where in the part the first of them ends, and the last begins or goes on.
         starts: where all sequences begin, in the whole row, ascending.
     """
 
     cu_seqlens: Tensor | None
     rows: int
+    first: int
     last: int
     starts: tuple[int, ...]
 
@@ -135,7 +138,7 @@ class SequencePart:
                 f"{self.length}, {self.start} to {self.end - 1}: take them with part.take"
             )
         if cu_seqlens is None:
-            return Segments(None, x.shape[0], 0, (0,))
+            return Segments(None, x.shape[0], own, 0, (0,))
         if self._seen is None or self._seen[0] is not cu_seqlens:
             # Every layer asks; looking at values on a GPU waits for it.
             offsets = cu_seqlens.to("cpu")
@@ -147,6 +150,7 @@ class SequencePart:
         return Segments(
             torch.tensor(local, dtype=cu_seqlens.dtype, device=cu_seqlens.device),
             len(local) - 1,
+            local[1],
             local[-2],
             tuple(starts),
         )
@@ -178,6 +182,27 @@ class SequencePart:
     def neighbour(self, leaving: Leaving, nothing: Leaving, segments: Segments) -> Leaving:
         """What left the part before, whatever had entered that one: the border of a short convolution."""
         return self.shift(leaving, 1, nothing, segments.broken(self.start, self.start + 1))
+
+    def returning(self, own: Leaving, nothing: Leaving, segments: Segments) -> Tensor:
+        """The gradient of the state that leaves this part, from those after it. No gradient passes through this.
+
+        Args:
+            own: the decay over this part's first sequence, and the gradient of the state that enters it, by this part
+                alone.
+            nothing: a decay and a gradient that change nothing.
+            segments: of this part.
+        """
+        if segments.broken(self.start, self.start + 1):
+            own = nothing
+        distance = 1
+        while distance < self.size:
+            end = self.bounds[min(self.rank + distance, self.size)]
+            received = self.exchange(own, self.rank - distance, self.rank + distance)
+            if self.rank + distance < self.size and not segments.broken(self.start, end):
+                own = own[0] * received[0], own[0] * received[1] + own[1]
+            distance *= 2
+        _, gradient = self.exchange(own, self.rank - 1, self.rank + 1)
+        return gradient
 
     def border(self, x: Tensor, count: int, segments: Segments) -> Tensor:
         """The last ``count`` tokens before this part, of its first sequence, zeros where there are none.
@@ -261,6 +286,51 @@ class _Shift(torch.autograd.Function):
             gradients = tuple(torch.zeros_like(gradient) for gradient in gradients)
         back = ctx.part.exchange(gradients, ctx.part.rank - ctx.distance, ctx.part.rank + ctx.distance)
         return None, None, None, None, *back
+
+
+@uncompiled
+def met(
+    part: SequencePart,
+    segments: Segments,
+    enter: Callable[..., Leaving],
+    y: Tensor,
+    last: Tensor,
+    sources: tuple[Tensor | None, ...],
+) -> tuple[Tensor, Tensor]:
+    """A recurrence's output and states, so that the gradients of what it leaves for later parts reach it.
+
+    The recurrence ran from what entered as from a constant. Its backward pass is made once, when all is known.
+
+    Args:
+        part, segments: of this process.
+        enter: of the gradients of ``y`` and ``last`` and of ``sources``, for the part's first sequence (each row, of a
+            batch): the decay over it, and the gradient of the state that entered it.
+        y, last: the output, and the state after each row.
+        sources: tensors that ``enter`` needs.
+    """
+    return _Met.apply(part, segments, enter, y, last, *sources)
+
+
+class _Met(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, part: SequencePart, segments: Segments, enter: Any, y: Tensor, last: Tensor, *sources: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.part, ctx.segments, ctx.enter = part, segments, enter
+        ctx.save_for_backward(*sources)
+        return y.view_as(y), last.view_as(last)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Any, ...]:
+        # As in _Shift: under checkpointing the forward exchanges are made again first.
+        sources = ctx.saved_tensors
+        with torch.autocast(dy.device.type, enabled=False):
+            decay, gradient = ctx.enter(dy, dlast, *sources)
+        nothing = torch.ones_like(decay), torch.zeros_like(gradient)
+        later = ctx.part.returning((decay, gradient), nothing, ctx.segments)
+        dlast = torch.cat((dlast[: len(dlast) - len(later)], dlast[len(dlast) - len(later) :] + later))
+        return None, None, None, dy, dlast, *(None for _ in sources)
 
 
 _part: SequencePart | None = None

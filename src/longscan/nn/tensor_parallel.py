@@ -130,3 +130,32 @@ class _ByChannel(ParallelStyle):
         module.register_forward_pre_hook(enter)
         module.register_forward_hook(leave, always_call=True)
         return module
+
+
+def undivided(split: Tensor, order: Tensor) -> DTensor:
+    """A copy of a DTensor that is split by rows, over the same processes, with its rows where ``order`` has them from.
+
+    Each process then has rows that follow one another, which is what checkpoints are made of. The whole is in memory
+    meanwhile.
+    """
+    assert isinstance(split, DTensor)
+    whole = split.full_tensor()
+    whole = whole[torch.argsort(order).to(whole.device)]
+    placements = [placement if placement.is_replicate() else Shard(0) for placement in split.placements]
+    return distribute_tensor(whole, split.device_mesh, placements, src_data_rank=None)
+
+
+def fill_from_undivided(split: Tensor, source: Tensor, order: Tensor) -> None:
+    """The other way round: fill ``split`` from what is like :func:`undivided` of it."""
+    assert isinstance(split, DTensor)
+    assert isinstance(source, DTensor)
+    whole = source.full_tensor()
+    own = whole[order.to(whole.device)]
+    mesh = split.device_mesh
+    # Channels, the last dimension, were split first; FSDP2 has split each process's share again.
+    for dimension in reversed(range(mesh.ndim)):
+        if not split.placements[dimension].is_replicate():
+            chunks, place = own.chunk(mesh.size(dimension)), mesh.get_local_rank(dimension)
+            own = chunks[place] if place < len(chunks) else own[:0]
+    with torch.no_grad():
+        split.to_local().copy_(own)

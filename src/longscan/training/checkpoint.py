@@ -99,9 +99,10 @@ class Checkpoints:
 
         parts = {f"state-{self._ranks.rank}-{index}.safetensors": state for index, state in enumerate(states or [])}
         if self._group is not None:
+            from longscan.models.tensor_parallel import undivided_rows
             from longscan.training.sharded import start_saving
 
-            tensors = _weights(model) | optimizers.tensors()
+            tensors = undivided_rows(model, _weights(model) | optimizers.tensors())
             self._writing = step, start_saving(building, tensors, parts, complete, self._group)
             return
         try:
@@ -206,6 +207,7 @@ def _copy_weights(model: LanguageModel, tensors: dict[str, Tensor], source: Path
 
 
 def _read_shards(path: Path, model: LanguageModel, optimizers: Optimizers, group: Any) -> None:
+    from longscan.models.tensor_parallel import divide_rows, undivided_rows
     from longscan.training.sharded import read_into, stored_tensors
 
     stored = stored_tensors(path)
@@ -219,7 +221,9 @@ def _read_shards(path: Path, model: LanguageModel, optimizers: Optimizers, group
     if faults:
         raise CheckpointError(f"{path} does not fit the model's configuration; {'; '.join(faults[:5])}")
     state = optimizers.empty({name: kind for name, kind in stored.items() if name not in tensors}, path)
-    read_into(path, tensors | state, group)
+    read = undivided_rows(model, tensors | state)
+    read_into(path, read, group)
+    divide_rows(model, tensors | state, read)
     optimizers.load_tensors(state, path)
 
 

@@ -7,6 +7,9 @@ from typing import Literal
 
 from longscan.errors import ConfigError
 
+#: Options that say what each process has of the model: the losses are the same.
+LAYOUT = ("parallel", "replicas", "sequence_parallel", "tensor_parallel")
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
@@ -56,6 +59,9 @@ class TrainConfig:
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Of several processes: "ddp": each has the whole model; "fsdp": parameters, gradients and what the optimiser keeps
     are split over them (FSDP2), a layer is whole only while it computes. The losses are the same."""
+    gather_precision: Literal["float32", "bfloat16"] = "float32"
+    """With `parallel = "fsdp"`: how parameters travel to a layer that computes. "bfloat16", if `precision` is: half of
+    the bytes, but also what stays float32 otherwise, A, D and the bias of dt, is rounded while it computes."""
     replicas: int = 1
     """With `parallel = "fsdp"`: so many groups of neighbouring processes, each with all shards (hybrid sharding).
     Layers travel within a group, such as a machine; between groups only the gradients of the shards do."""
@@ -64,6 +70,9 @@ class TrainConfig:
     sequence_parallel: int = 1
     """So many neighbouring processes share each sequence: each has a part of its length. It divides the processes and
     `sequence_length`, and not every mixer can (attention, of all tokens, sends keys and values)."""
+    tensor_parallel: int = 1
+    """So many neighbouring processes share each layer (Mamba, attention, gated MLPs): each has a part of its channels
+    or heads, and all have the same tokens. It divides the processes."""
     seed: int = 0
     """Seed of the weights and of the order of the data."""
     leave_out_bad_steps: bool = False
@@ -95,6 +104,7 @@ class TrainConfig:
             "sequence_length",
             "accumulate",
             "sequence_parallel",
+            "tensor_parallel",
             "replicas",
             "log_every",
             "keep_checkpoints",
@@ -120,6 +130,7 @@ class TrainConfig:
             "schedule": ("cosine", "linear", "constant"),
             "precision": ("float32", "bfloat16"),
             "parallel": ("ddp", "fsdp"),
+            "gather_precision": ("float32", "bfloat16"),
         }
         for name, values in allowed.items():
             if getattr(self, name) not in values:
@@ -128,6 +139,8 @@ class TrainConfig:
             raise ConfigError(
                 "compile is of the whole model; with recompute or parallel = fsdp take compile_blocks alone"
             )
+        if self.gather_precision == "bfloat16" and (self.parallel, self.precision) != ("fsdp", "bfloat16"):
+            raise ConfigError("gather_precision = bfloat16 needs parallel = fsdp and precision = bfloat16")
         if self.replicas > 1 and self.parallel != "fsdp":
             raise ConfigError(f"replicas is {self.replicas}, of shards: it needs parallel = fsdp")
         if self.sequence_length % self.sequence_parallel:
@@ -137,5 +150,9 @@ class TrainConfig:
             )
         if self.sequence_parallel > 1 and self.carry_state:
             raise ConfigError("sequence_parallel shares one sequence, carry_state reads on from another; take one")
+        if self.tensor_parallel > 1 and (self.carry_state or self.compile or self.compile_blocks):
+            raise ConfigError(
+                "tensor_parallel divides states and exchanges within layers: no carry_state, compile or compile_blocks"
+            )
         if self.spike and not self.leave_out_bad_steps:
             raise ConfigError(f"spike is {self.spike}, which needs leave_out_bad_steps")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,14 @@ def parameter_groups(model: nn.Module, *, muon: bool) -> dict[str, dict[str, nn.
     return {kind: members for kind, members in groups.items() if members}
 
 
+def alike(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters by the processes that their shards are on: one operation on many tensors takes no others together."""
+    groups: dict[Any, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    return list(groups.values())
+
+
 class Optimizers:
     """AdamW, and Muon beside it if the configuration says so.
 
@@ -45,9 +54,9 @@ class Optimizers:
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         groups = parameter_groups(model, muon=config.optimizer == "muon")
         adamw = [
-            {"params": list(groups[kind].values()), "weight_decay": decay}
+            {"params": parameters, "weight_decay": decay}
             for kind, decay in (("decay", config.weight_decay), ("no_decay", 0.0))
-            if kind in groups
+            for parameters in alike(groups.get(kind, {}).values())
         ]
         self._optimizers: dict[str, tuple[torch.optim.Optimizer, float]] = {}
         if adamw:
@@ -59,7 +68,8 @@ class Optimizers:
             rate = config.muon_learning_rate
             # AdamW's decay acts per step as rate * decay; the same product here, whatever Muon's own rate.
             decay = config.weight_decay * config.learning_rate / rate
-            muon = torch.optim.Muon(list(groups["muon"].values()), lr=rate, weight_decay=decay)
+            matrices = [{"params": parameters} for parameters in alike(groups["muon"].values())]
+            muon = torch.optim.Muon(matrices, lr=rate, weight_decay=decay)
             self._optimizers["muon"] = (muon, rate)
 
     def step(self, factor: float) -> None:
@@ -124,5 +134,11 @@ def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> Tensor
 
     Of gradients in shards, the norm is that of the whole.
     """
-    norm = nn.utils.clip_grad_norm_(parameters, largest if largest > 0 else float("inf"))
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    groups = alike(parameters)
+    norms = [nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups]
+    norms = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
+    total = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    if largest > 0:
+        for group in groups:
+            nn.utils.clip_grads_with_norm_(group, largest, total)
+    return total

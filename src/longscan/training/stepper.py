@@ -37,7 +37,8 @@ class Stepper:
         model: on ``device``; changed in place.
         config: see there.
         batches: where the tokens come from.
-        ranks: the processes that share each batch; each takes its slice, or its part of a slice's sequences.
+        ranks: the processes that share each batch; each takes its slice, or its part of a slice's sequences, or its
+            channels of all.
         device: where to compute.
 
     Raises:
@@ -47,8 +48,9 @@ class Stepper:
     def __init__(
         self, model: LanguageModel, config: TrainConfig, batches: Batches, *, ranks: Ranks, device: torch.device
     ) -> None:
-        self._group = sequence_group(ranks, config.sequence_parallel)
-        sharers = ranks.size // config.sequence_parallel
+        self._group = sequence_group(ranks, config)
+        same_rows = config.sequence_parallel * config.tensor_parallel
+        sharers = ranks.size // same_rows
         parts = sharers * config.accumulate
         if config.batch_size % parts:
             raise ConfigError(
@@ -67,7 +69,7 @@ class Stepper:
         self._batches = batches
         self._device = device
         rows = config.batch_size // parts
-        first = ranks.rank // config.sequence_parallel * config.accumulate
+        first = ranks.rank // same_rows * config.accumulate
         self._slices = [slice(part * rows, (part + 1) * rows) for part in range(first, first + config.accumulate)]
         self._ranks = ranks
         self._captured: CapturedPass | None = None
