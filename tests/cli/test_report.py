@@ -192,9 +192,13 @@ def test_kept_runs_and_tests_on_a_gpu(tmp_path: Path) -> None:
     paths = [RESULTS / "text", tmp_path / "broken.json"]
     assert main(["report", *map(str, paths), "--output", str(page)]) == 0
     shown = read(page)
-    files = sorted((RESULTS / "text").glob("*.json"))
-    kept = [json.loads(path.read_text()) for path in files]
+    files = [json.loads(path.read_text()) for path in sorted((RESULTS / "text").glob("*.json"))]
     assert len(shown.headings) == 1 + len(files) + 1
+    (int8,) = (values for values in files if "by_position" in values)
+    assert f"{int8['perplexity_ratio']:.6f}" in shown.text
+    assert f"{int8['saved']['bits_per_byte']:.4f}" in shown.text
+    assert f"{int8['by_position'][-1]['bits_per_byte']:.3f}" in shown.text
+    kept = [values for values in files if "by_position" not in values]
     assert len(shown.images) == sum("held_out_estimates_by_step" in values for values in kept)
     for values in kept:
         figures = values.get("held_out_bits_per_byte", {})
@@ -216,6 +220,7 @@ def test_every_result_kept_here_can_be_read() -> None:
     assert found["text"]
     assert found["tests"]
     assert found["bench"]
+    assert found["evaluation"]
     assert found["experiment"]
     for path in found["bench"]:
         Report.load(path)

@@ -18,22 +18,23 @@ from longscan.models.pretrained import CONFIG_FILE
 from longscan.nn.storage import write_text
 
 _RUN = "run"
-# The key that a result's file is known by; `longscan reproduce`, `compare` and `bench` write the first three, of the
-# others are the kept figures of a run of `longscan train`, and what tests/gpu_report.py writes.
+# The key that a result's file is known by; `longscan reproduce`, `compare`, `bench` and `evaluate` write the first four.
+# The others: the kept figures of a run of `longscan train`, and what tests/gpu_report.py writes.
 _RESULTS = {
     "experiment": "experiment",
     "compare": "compare",
     "bench": "bench",
+    "evaluation": "by_position",
     "text": "tokens_per_second",
     "tests": "counts",
 }
-_COMMANDS = "`longscan reproduce`, `compare` or `bench`"
+_COMMANDS = "`longscan reproduce`, `compare`, `bench` or `evaluate`"
 _PUBLISHED = "published.toml"
 
 
 @dataclass(frozen=True)
 class Options:
-    """Put runs of `longscan train` and results of `longscan reproduce`, `compare` and `bench` on one HTML page.
+    """Put runs of `longscan train` and results of `longscan reproduce`, `compare`, `bench` and `evaluate` on one page.
 
     The page is one file: figures lie inside it, and it asks nothing of the network.
     """

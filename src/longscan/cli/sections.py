@@ -40,10 +40,10 @@ _OPEN = 4
 
 def make_sections(found: Mapping[str, Sequence[Path]], published: Path) -> list[Section]:
     """All of a page: runs (several of them side by side first), experiments scale by scale, comparisons, benchmarks,
-    what is kept of runs, tests.
+    evaluations, what is kept of runs, tests.
 
     Args:
-        found: paths by "run", "experiment", "compare", "bench", "text" and "tests".
+        found: paths by "run", "experiment", "compare", "bench", "evaluation", "text" and "tests".
         published: the file of published figures; where there is none, ours stand alone.
 
     Raises:
@@ -65,6 +65,7 @@ def make_sections(found: Mapping[str, Sequence[Path]], published: Path) -> list[
             sections.append(experiment_section(own, beside(tables, own[0].published, own[0].scale)))
     sections += [_whole(comparison_section, path) for path in found["compare"]]
     sections += [_whole(bench_section, path) for path in found["bench"]]
+    sections += [_whole(evaluation_section, path) for path in found["evaluation"]]
     sections += [_whole(text_section, path) for path in found["text"]]
     sections += [_whole(tests_section, path) for path in found["tests"]]
     return sections
@@ -207,6 +208,21 @@ def bench_section(path: Path) -> Section:
     parts += tables if len(groups) <= _OPEN else [folded(f"All figures, {len(groups)} settings", tables)]
     parts += _machine(dataclasses.asdict(report), report.settings.get("device"))
     return Section(f"Speed: {report.bench} ({path.stem})", parts)
+
+
+def evaluation_section(path: Path) -> Section:
+    """What `longscan evaluate` found on held-out text."""
+    values = _json(path)
+    figures = {"model": values["bits_per_byte"], **values["compressors_bits_per_byte"]}
+    boxes = {"weights": values["weights"], "precision": values["precision"], "held-out bytes": f"{values['bytes']:,}"}
+    if saved := values.get("saved"):
+        figures = {"model with the weights saved": saved["bits_per_byte"], **figures}
+        boxes["perplexity, times that of the weights saved"] = f"{values['perplexity_ratio']:.6f}"
+    rows = [(name, f"{figure:.4f}") for name, figure in sorted(figures.items(), key=lambda item: item[1])]
+    places = [(f"{at['first']} to {at['last']}", f"{at['bits_per_byte']:.3f}") for at in values["by_position"]]
+    parts = [facts(boxes), table(("held out", "bits per byte"), rows), paragraph(values["how"])]
+    parts.append(folded("By position, starting afresh", [table(("tokens before", "bits per byte"), places)]))
+    return Section(f"longscan evaluate: {values['text']} ({path.stem})", [*parts, *_machine(values, None)])
 
 
 def text_section(path: Path) -> Section:
