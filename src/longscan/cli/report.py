@@ -18,7 +18,7 @@ from longscan.models.pretrained import CONFIG_FILE
 from longscan.nn.storage import write_text
 
 _RUN = "run"
-# The key that a result's file is known by; `longscan reproduce`, `compare`, `bench` and `evaluate` write the first four.
+# The key that a result's file is known by; `longscan reproduce`, `compare`, `bench`, `evaluate` write the first four.
 # The others: the kept figures of a run of `longscan train`, and what tests/gpu_report.py writes.
 _RESULTS = {
     "experiment": "experiment",
