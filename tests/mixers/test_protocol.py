@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -220,7 +221,10 @@ def test_forward_mode_is_right_or_refused(variant: str) -> None:
     mixer, x, direction, weights = make(variant), inputs(2, 5, 0), inputs(2, 5, 1), inputs(2, 5, 2)
     try:
         _, tangent = torch.func.jvp(lambda x: mixer(x)[0], (x,), (direction,))
-    except (ArgumentError, NotImplementedError, RuntimeError):
+    except (ArgumentError, NotImplementedError, RuntimeError) as error:
+        # Ours, PyTorch's own operators' without a forward formula, and its autograd functions' without one.
+        if not re.search("forward|jvp", str(error)):
+            raise
         return
     with torch.enable_grad():
         x.requires_grad_()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from longscan.models import LanguageModel, LanguageModelConfig
 from longscan.models.config import TRANSFORMER
@@ -39,7 +40,19 @@ def make(kind: str = "mamba", **changes: Any) -> LanguageModel:
     torch.manual_seed(0)
     config = LanguageModelConfig(**{"d_model": 16, "n_layer": 3, "vocab_size": VOCABULARY, **KINDS[kind], **changes})
     model = LanguageModel(config)
+    stir(model)
+    return model
+
+
+def stir(model: nn.Module) -> None:
+    """Add noise to all parameters: none is zero or one as it starts."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.2 * torch.randn_like(parameter)
-    return model
+
+
+def randomise(model: nn.Module) -> Any:
+    """The model, stirred the same way each time, for evaluation."""
+    torch.manual_seed(0)
+    stir(model)
+    return model.eval()

@@ -15,18 +15,11 @@ from longscan.mixers import RWKV4, RWKV4Channels
 from longscan.mixers.rwkv4 import RWKV4State
 from longscan.mixers.rwkv4_channels import RWKV4ChannelsState
 from longscan.models import LanguageModel, LanguageModelConfig
+from tests.models.small import randomise
 
 transformers = pytest.importorskip("transformers")
 
 TOKENS = torch.randint(29, (2, 19), generator=torch.Generator().manual_seed(0))
-
-
-def randomise(model: nn.Module) -> Any:
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.2 * torch.randn_like(parameter)
-    return model.eval()
 
 
 def from_llama(theirs: Any, n_kv_heads: int) -> LanguageModel:

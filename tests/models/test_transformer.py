@@ -15,16 +15,9 @@ from longscan.models.config import TRANSFORMER
 from longscan.models.matching import contestant
 from longscan.nn import MLP, AddLayerNorm
 from longscan.nn.positions import SinusoidalPositions, places
+from tests.models.small import randomise
 
 ATTENTION = {"rotary": False, "bias": True, "n_heads": 4}
-
-
-def randomise(model: nn.Module) -> Any:
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.2 * torch.randn_like(parameter)
-    return model.eval()
 
 
 @pytest.mark.parametrize("width", [6, 7])
